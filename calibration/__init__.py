@@ -1,0 +1,1 @@
+"""Prompts and recordings of what a denoiser sees along its trajectory. Knows neither exporter nor targets."""

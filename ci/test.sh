@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up, then every check and every test that needs neither a GPU nor macOS.
+#
+#   bash ci/test.sh [options of pytest]
+#
+# Tests run in random order (the seed is printed), with warnings as errors and sockets blocked, on two workers of one
+# thread each; line and branch coverage has a floor, which stands in pyproject.toml.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+
+bash ci/setup.sh
+bash ci/check.sh
+printf 'test: all tests, on two workers\n'
+OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations 15 \
+  --cov --cov-report term:skip-covered "$@"

@@ -1,0 +1,394 @@
+"""Artifacts: immutable directories with a manifest, written whole or not at all, and trusted only after a check.
+
+A directory is built under a temporary name beside its final one, synced, and renamed when complete, so a kill or a full
+disk never leaves half an artifact and never touches a finished one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from exporter.errors import ArtifactError, ComponentFailed, ExporterError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_PARTIAL, _TRASH, _STAT = ".partial-", ".trash-", ".stat-"
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_SAFE_PATH = re.compile(r"[\w][\w.+@-]*(/[\w][\w.+@-]*)*")
+
+Kind = Literal["state", "recording", "onnx", "compiled", "engine"]
+
+
+class FileFact(BaseModel):
+    """What a file of an artifact must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """What an artifact is.
+
+    Attributes:
+        schema_version: version of this layout.
+        kind: what sort of artifact.
+        name: its name for people, such as ``1-pruned``.
+        key: sha256 over everything it was made from; equal key and intact files mean: reuse.
+        parent: digest of the artifact it was made from.
+        files: relative posix path -> fact.
+        facts: what the maker recorded; deterministic, part of the digest.
+        made: when, how long, with which versions; not part of the digest.
+        digest: identity of the content: sha256 over kind, name, parent, files and facts.
+        checksum: sha256 over this manifest with an empty checksum, so that a flipped byte here is found too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    schema_version: int
+    kind: Kind
+    name: str
+    key: str
+    parent: str | None
+    files: dict[str, FileFact]
+    facts: dict[str, Any]
+    made: dict[str, Any]
+    digest: str
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A checked directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content, sha256 hex."""
+        return self.manifest.digest
+
+    def part_digest(self, folder: str) -> str:
+        """Return the digest of one folder's files, so that what did not change is recognised across artifacts."""
+        inside = {name: fact.sha256 for name, fact in self.manifest.files.items() if name.startswith(f"{folder}/")}
+        return digest_of([folder, inside])
+
+
+def digest_of(value: object) -> str:
+    """Return the sha256 hex of a JSON-ready value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 hex of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_artifact(
+    final: Path,
+    build: Callable[[Path], Mapping[str, Any]],
+    *,
+    kind: Kind,
+    key: str,
+    parent: str | None,
+    made: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Build an artifact beside `final` and rename it there when it is complete.
+
+    Args:
+        final: where it shall stand; an older artifact there is replaced in one rename, and only then deleted.
+        build: fills the empty folder it is given and returns the facts.
+        kind: what sort of artifact.
+        key: see `Manifest.key`.
+        parent: digest of the artifact it is made from.
+        made: facts that must not enter the digest (time, versions).
+
+    Raises:
+        ComponentFailed: the disk is full or not writable; nothing that was finished before is touched.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.parent / f"{_PARTIAL}{final.name}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        facts = dict(build(partial))
+        labels = {"kind": kind, "name": final.name, "key": key, "parent": parent, "made": dict(made or {})}
+        manifest = _manifest_of(partial, labels, facts)
+        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        _sync_tree(partial)
+        _swap(partial, final)
+    except OSError as error:
+        raise disk_failure(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    made_artifact = Artifact(final, manifest)
+    _remember(made_artifact)
+    return made_artifact
+
+
+def open_artifact(path: Path, *, verify: bool, kind: Kind | None = None) -> Artifact:
+    """Check an artifact and return it.
+
+    Args:
+        path: its directory.
+        verify: hash every file; without it, size, mtime and inode are compared with what we wrote ourselves, and
+            anything unknown is hashed.
+        kind: refuse an artifact of another kind.
+
+    Raises:
+        ArtifactError: missing, damaged, truncated, escaping its folder, of another kind or from a newer version.
+    """
+    manifest = _read_manifest(path)
+    if kind is not None and manifest.kind != kind:
+        msg = (
+            f"{path}: wrong kind of artifact; got '{manifest.kind}', expected '{kind}'. Give the folder of the {kind}."
+        )
+        raise ArtifactError(msg)
+    _check_file_list(path, manifest)
+    known = {} if verify else _recall(path, manifest.digest)
+    for name, fact in manifest.files.items():
+        _check_file(path / name, name, fact, known)
+    artifact = Artifact(path, manifest)
+    _remember(artifact)
+    return artifact
+
+
+def reusable(path: Path, key: str, *, verify: bool = False) -> Artifact | None:
+    """Return the artifact at `path` when it has this key and is intact, else None."""
+    if not path.is_dir():
+        return None
+    try:
+        artifact = open_artifact(path, verify=verify)
+    except ArtifactError:
+        return None
+    return artifact if artifact.manifest.key == key else None
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`: a hard link where the file system can, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Link every file below `source` to the same place below `target`; manifests stay behind."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            link_file(path, target / path.relative_to(source))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary name, synced, so that readers see the old or the new, never a half."""
+    temporary = path.parent / f"{_PARTIAL}{path.name}-{os.getpid()}"
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_failure(path: Path, error: OSError) -> ExporterError:
+    """Return the error for a write that failed."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(_existing(path)).free / 1e6
+        return ComponentFailed(
+            f"{path}: could not be written: {reason}; {free:.0f} MB are free. Nothing finished was lost: free some "
+            "space (`exporter gc OUT` removes what no state uses) and run the same command again."
+        )
+    place = error.filename or path
+    return ComponentFailed(f"{place}: could not be read or written: {reason}. Check the path and its permissions.")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run folder alone; also clears what killed runs left half-written.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = (out / ".lock").open("a+")
+    except OSError as error:
+        raise disk_failure(out, error) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            msg = (
+                f"{out}: another run is writing into this folder; got process {holder}, expected none. "
+                "Wait for it, or work in another folder."
+            )
+            raise ArtifactError(msg) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        _clear_leftovers(out)
+        yield
+
+
+def _clear_leftovers(out: Path) -> None:
+    for depth in ("", "*/", "*/*/"):
+        for path in list(out.glob(f"{depth}{_TRASH}*")):
+            final = path.parent / path.name.removeprefix(_TRASH).rpartition("-")[0]
+            if not final.exists():  # killed between the two renames of a swap: the older artifact comes back
+                path.rename(final)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in list(out.glob(f"{depth}{_PARTIAL}*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def _manifest_of(folder: Path, labels: Mapping[str, Any], facts: dict[str, Any]) -> Manifest:
+    files = {
+        path.relative_to(folder).as_posix(): FileFact(sha256=sha256_of(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    facts = json.loads(json.dumps(facts))
+    bare = Manifest(schema_version=SCHEMA_VERSION, files=files, facts=facts, digest="", checksum="", **labels)
+    named = bare.model_copy(update={"digest": _content_digest(bare)})
+    return named.model_copy(update={"checksum": digest_of(named.model_dump())})
+
+
+def _content_digest(manifest: Manifest) -> str:
+    hashes = {name: fact.sha256 for name, fact in manifest.files.items()}
+    return digest_of([manifest.schema_version, manifest.kind, manifest.name, manifest.parent, hashes, manifest.facts])
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        msg = f"{path}: not an artifact; got no {MANIFEST}, expected one. Give a folder that `exporter run` wrote."
+        raise ArtifactError(msg)
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        size = file.stat().st_size
+        msg = f"{file}: too large; got {size} bytes, expected at most {_MAX_MANIFEST_BYTES}. Make it again."
+        raise ArtifactError(msg)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            msg = f"{file}: made by a newer version; got schema {version}, expected at most {SCHEMA_VERSION}. Update."
+            raise ArtifactError(msg)
+        manifest = Manifest.model_validate(raw)
+    except (ValueError, RecursionError) as error:
+        reason = "fields that do not fit" if isinstance(error, ValidationError) else "no readable JSON"
+        msg = f"{file}: damaged; got {reason}, expected a manifest. Delete the folder and run again."
+        raise ArtifactError(msg) from error
+    bare = manifest.model_copy(update={"checksum": ""})
+    hashes = {name: fact.sha256 for name, fact in manifest.files.items()}
+    digest = digest_of([manifest.schema_version, manifest.kind, manifest.name, manifest.parent, hashes, manifest.facts])
+    if digest != manifest.digest or digest_of(bare.model_dump()) != manifest.checksum:
+        msg = f"{file}: changed after it was written; its checksum does not fit. Delete the folder and run again."
+        raise ArtifactError(msg)
+    return manifest
+
+
+def _check_file_list(path: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if not _SAFE_PATH.fullmatch(name) or ".." in PurePosixPath(name).parts:
+            place = path / MANIFEST
+            msg = f"{place}: a path leaves the artifact; got '{name[:200]}', expected a path inside. Do not use it."
+            raise ArtifactError(msg)
+    present = {item.relative_to(path).as_posix(): item for item in path.rglob("*") if not item.is_dir()}
+    for name, item in present.items():
+        if item.is_symlink():
+            msg = f"{item}: a symbolic link inside an artifact; expected plain files only. Do not use it."
+            raise ArtifactError(msg)
+        if name not in manifest.files and name != MANIFEST:
+            msg = f"{item}: not part of the artifact; expected only what {MANIFEST} lists. Remove the file."
+            raise ArtifactError(msg)
+    missing = sorted(set(manifest.files) - set(present))
+    if missing:
+        msg = f"{path / missing[0]}: missing; expected a file of this artifact. Delete the folder and run again."
+        raise ArtifactError(msg)
+
+
+def _check_file(file: Path, name: str, fact: FileFact, known: Mapping[str, list[int]]) -> None:
+    stat = file.stat()
+    if stat.st_size != fact.size:
+        msg = f"{file}: damaged; got {stat.st_size} bytes, expected {fact.size}. Delete the folder and run again."
+        raise ArtifactError(msg)
+    if known.get(name) == [stat.st_size, stat.st_mtime_ns, stat.st_ino]:
+        return
+    got = sha256_of(file)
+    if got != fact.sha256:
+        msg = f"{file}: damaged; got sha256 {got[:12]}, expected {fact.sha256[:12]}. Delete the folder and run again."
+        raise ArtifactError(msg)
+
+
+def _stat_file(path: Path) -> Path:
+    return path.parent / f"{_STAT}{path.name}.json"
+
+
+def _remember(artifact: Artifact) -> None:
+    """Keep what we know to be right beside the artifact; on a read-only medium it is simply hashed each time."""
+    stats = {name: (artifact.path / name).stat() for name in artifact.manifest.files}
+    known = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
+    text = json.dumps({"digest": artifact.digest, "files": known})
+    with contextlib.suppress(OSError):
+        if not _stat_file(artifact.path).is_file() or _stat_file(artifact.path).read_text() != text:
+            write_text(_stat_file(artifact.path), text)
+
+
+def _recall(path: Path, digest: str) -> dict[str, list[int]]:
+    try:
+        known = json.loads(_stat_file(path).read_text(encoding="utf-8"))
+        return dict(known["files"]) if known["digest"] == digest else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    trash = final.parent / f"{_TRASH}{final.name}-{os.getpid()}"
+    if final.exists():
+        final.rename(trash)
+    partial.rename(final)
+    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    shutil.rmtree(trash, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""What `inspect`, `targets`, `pruners` and `schema` show."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import targets
+from exporter.artifact import MANIFEST, Artifact, open_artifact
+from exporter.errors import ArtifactError, RecipeError
+from exporter.pruners import PRUNERS
+from exporter.recipe import Recipe
+from exporter.tuning import TUNERS
+from exporter.validation import options_schema
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The same facts twice: as data and as text."""
+
+    data: Any
+    text: str
+
+
+def inspect_folder(folder: Path) -> Shown:
+    """Hash every file of an artifact, or of all artifacts of a run, and describe them.
+
+    Raises:
+        ArtifactError: a file is missing or changed, or there is nothing to inspect.
+    """
+    if (folder / MANIFEST).is_file():
+        found = [open_artifact(folder, verify=True)]
+    else:
+        kept = sorted(folder.glob(f"states/*/{MANIFEST}")) + sorted(folder.glob(f"engines/*/*/{MANIFEST}"))
+        found = [open_artifact(path.parent, verify=True) for path in kept]
+    if not found:
+        msg = f"{folder}: nothing to inspect; expected a state, an engine, or the folder of a run. Check the path."
+        raise ArtifactError(msg)
+    return Shown([_data(item) for item in found], "\n\n".join(_text(item) for item in found))
+
+
+def target_rows() -> list[dict[str, Any]]:
+    """Return one row per target type: what this machine offers."""
+    rows = []
+    for name in targets.TARGETS:
+        here = targets.target(name).capabilities()
+        state = "ready" if here.runs else "builds only" if here.available else "missing"
+        detail = f"{here.version} on {here.device}, {' '.join(here.precisions)}" if here.available else ""
+        if here.reason:
+            detail = f"{detail}; {here.reason}" if detail else f"{here.reason} Run: {here.install}"
+        rows.append({"type": name, "state": state, "detail": detail, **dataclasses.asdict(here)})
+    return rows
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """Return one row per pruning and tuning method: its summary and options with defaults."""
+    rows = []
+    for stage, registry in (("prune", PRUNERS), ("tune", TUNERS)):
+        for name, place in registry.items():
+            module, _, attribute = place.partition(":")
+            cls = getattr(import_module(module), attribute)
+            summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+            kinds = get_type_hints(cls.options)
+            options = ", ".join(_option(field, kinds[field.name]) for field in dataclasses.fields(cls.options))
+            rows.append({"stage": stage, "method": name, "summary": summary, "options": options})
+    return rows
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    """Return the JSON Schema of ``recipe`` (with the options of every method and target) or ``report``."""
+    if kind == "report":
+        from exporter.report.writing import schema
+
+        return schema()
+    if kind != "recipe":
+        msg = f"schema: got '{kind}', expected recipe | report."
+        raise RecipeError(msg)
+    found = Recipe.model_json_schema()
+    definitions = found["$defs"]
+    for stage, registry in (("prune", PRUNERS), ("tune", TUNERS)):
+        choices = []
+        for name, place in registry.items():
+            module, _, attribute = place.partition(":")
+            options = options_schema(getattr(import_module(module), attribute).options)
+            options["properties"] = {"method": {"const": name}, **options.get("properties", {})}
+            options["required"] = ["method", *options.get("required", [])]
+            choices.append(options)
+        definitions["StageSpec"]["properties"][stage] = {"oneOf": choices}
+    variants = []
+    for name in targets.TARGETS:
+        options = options_schema(targets.target(name).options)
+        options["properties"] = {"type": {"const": name}, **options.get("properties", {})}
+        options["required"] = ["type", *options.get("required", [])]
+        variants.append(options)
+    definitions["TargetSpec"] = {"oneOf": variants, "description": "A named column: a target type and its options."}
+    return found
+
+
+def _option(field: Any, kind: Any) -> str:
+    """Return ``cut=channels|blocks``, the default first; ``keep_ratio (required)`` where there is none."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return f"{field.name} (required)"
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    others = [value for value in get_args(kind) if get_origin(kind) is Literal and value != default]
+    shown = list(default) if isinstance(default, tuple) else default
+    return f"{field.name}={'|'.join(str(value) for value in (shown, *others))}"
+
+
+def _data(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "path": str(artifact.path),
+        "kind": manifest.kind,
+        "name": manifest.name,
+        "digest": manifest.digest,
+        "parent": manifest.parent,
+        "files": len(manifest.files),
+        "bytes": sum(fact.size for fact in manifest.files.values()),
+        "facts": manifest.facts,
+        "made": manifest.made,
+        "intact": True,
+    }
+
+
+def _text(artifact: Artifact) -> str:
+    data = _data(artifact)
+    lines = [
+        f"{data['kind']} {data['name']}: intact, {data['files']} files, {data['bytes'] / 1e6:.1f} MB",
+        f"  digest  {data['digest']}",
+        f"  parent  {data['parent'] or 'none'}",
+    ]
+    for name, value in data["facts"].items():
+        text = str(value)
+        lines.append(f"  {name:<13} {text if len(text) <= 160 else text[:157] + '...'}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""From a torch component to an engine: export, parity, layout."""

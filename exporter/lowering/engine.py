@@ -1,0 +1,228 @@
+"""A state to an engine: each component to ONNX, checked against torch, compiled, and laid out for its loaders.
+
+Lowered files are artifacts of their own, keyed by what they are made from: a component that a stage did not touch is
+exported and compiled once, and every engine that uses it links the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import targets
+from calibration.recording import Recording
+from exporter import __version__
+from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
+from exporter.errors import ComponentFailed, ToolMissing
+from exporter.lowering.export import ExportOptions, export_component
+from exporter.lowering.feeds import recorded_calls, spread
+from exporter.lowering.layout import write_layout
+from exporter.lowering.parity import compare_answers, torch_answers
+from exporter.lowering.stored import stored_weights
+from exporter.metrics.size import run_child
+from exporter.networks.components import Component
+from exporter.networks.storage import load_network, open_bare
+from exporter.progress import Progress
+from exporter.states import components_of, config_of
+from targets.base import Target, TargetError, TargetMissing, engine_file_of
+from targets.build import raise_told
+
+PARITY_CALLS = 5
+"""Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
+_LONGEST_S = 6 * 3600
+_EXPORT_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One target of the recipe, resolved.
+
+    Attributes:
+        name: the recipe's name.
+        target: the runtime.
+        options: an instance of the target's options.
+    """
+
+    name: str
+    target: Target
+    options: Any
+
+
+@dataclass
+class Workshop:
+    """What lowering shares over a run.
+
+    Attributes:
+        out: the run's folder.
+        export: how components become ONNX.
+        recording: of the dense pipeline.
+        sampling: the recipe's sampling as it goes into the engine's facts, `size` resolved.
+        scheduler: writes the recipe's scheduler into a folder.
+        progress: what long work reports to.
+        verify: hash reused files.
+        used: names of the folders this run needs, for garbage collection.
+        seconds: what each lowering took, by step, since it was last read.
+        peak_mib: the most memory that a compiling process had.
+    """
+
+    out: Path
+    export: ExportOptions
+    recording: Recording
+    sampling: dict[str, Any]
+    progress: Progress
+    verify: bool = False
+    used: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_mib: float = 0.0
+
+    def took(self, step: str, seconds: float) -> None:
+        """Add to what a step took."""
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + seconds, 3)
+
+
+def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
+    """Export every component of a state to ONNX, or find it done; parity with torch is enforced.
+
+    Raises:
+        ComponentFailed: a component cannot be exported, or its ONNX answers differently from torch.
+    """
+    return {component.name: _export(state, component, shop) for component in components_of(state.path)}
+
+
+def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:
+    """Compile every exported component on a target and lay the engine folder out.
+
+    Returns:
+        The engine, ``OUT/engines/<state>/<target>``.
+
+    Raises:
+        ToolMissing: the runtime or the device is not here.
+        ComponentFailed: the runtime refused a component.
+    """
+    here = column.target.capabilities()
+    compiled = {name: _compile(onnx, name, column, shop) for name, onnx in exported.items()}
+    facts = {
+        "target": column.target.type,
+        "options": asdict(column.options),
+        "runtime": here.version,
+        "device": here.device,
+        "components": list(compiled),
+        "sampling": shop.sampling,
+        "state": state.path.name,
+        "state_digest": state.digest,
+    }
+    key = digest_of([facts, {name: artifact.digest for name, artifact in compiled.items()}])
+    final = shop.out / "engines" / state.path.name / column.name
+    shop.used.add(f"{state.path.name}/{column.name}")
+    found = reusable(final, key, verify=shop.verify)
+    if found is not None:
+        return found
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        for name, artifact in compiled.items():
+            link_tree(artifact.path, folder / name)
+        engine_file = engine_file_of(column.target, column.options)
+        write_layout(state.path, folder, engine_file=engine_file, scheduler=shop.sampling["scheduler"])
+        return facts
+
+    return write_artifact(final, build, kind="engine", key=key, parent=state.digest)
+
+
+def compile_fixed(state: Artifact, component: Component, column: Column, shop: Workshop) -> Path:
+    """Return the folder of one component compiled with the recipe's own shapes fixed, as the measure of open ones.
+
+    Raises:
+        ToolMissing, ComponentFailed: as `export_state` and `compile_state`.
+    """
+    fixed = replace(shop, export=replace(shop.export, dynamic=False))
+    return _compile(_export(state, component, fixed), component.name, column, fixed).path
+
+
+def tokens_of(component: Component, shop: Workshop) -> int:
+    """Return the length of the text that a component was given when the dense pipeline was recorded."""
+    recording = shop.recording
+    if component.role == "text":
+        return int(recording.fed(component.folder, 0, 1)["input_ids"].shape[1])
+    states = recording.calls(0, 0, 1).given.get("encoder_hidden_states")
+    return shop.export.tokens if states is None else int(states.shape[1])
+
+
+def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
+    options = replace(shop.export, tokens=tokens_of(component, shop))
+    versions = {name: version(name) for name in _EXPORT_LIBRARIES}
+    key = digest_of([state.part_digest(component.folder), component.name, asdict(options), versions, __version__])
+    folder = f"onnx-{component.name}-{key[:16]}"
+    place = f"{component.name}, state {state.path.name}"
+
+    def build(out: Path) -> Mapping[str, Any]:
+        source, name = state.path / component.folder, component.name
+        bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
+        export_component(name, bare, out, options, weights=weights)
+        started = time.monotonic()
+        calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
+        feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
+        # torch's network is gone again before the graph is opened: one copy of the weights in memory, not two.
+        wanted = torch_answers(load_network(source, cls=component.cls), feeds)
+        parity = compare_answers(name, wanted, out / "model.onnx", feeds)
+        shop.took("parity", time.monotonic() - started)
+        return {"component": name, "parity": parity}
+
+    return _make(shop, folder, build, kind="onnx", key=key, parent=state.digest, title=f"Export {place}")
+
+
+def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
+    target = column.target
+    here = target.capabilities()
+    key = digest_of([onnx.digest, target.type, asdict(column.options), here.version, here.device, __version__])
+    folder = f"{target.type}-{name}-{key[:16]}"
+
+    def build(out: Path) -> Mapping[str, Any]:
+        try:
+            _compile_apart(target, onnx.path / "model.onnx", out, column, shop)
+        except TargetMissing as error:
+            raise ToolMissing(f"target {column.name}: {error}") from error
+        except (TargetError, ComponentFailed) as error:
+            raise ComponentFailed(f"target {column.name}, {name}: {error}") from error
+        return {"component": name, "target": target.type, "options": asdict(column.options)}
+
+    title = f"Compile {name} for {column.name}"
+    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx.digest, title=title)
+
+
+def _compile_apart(target: Target, source: Path, out: Path, column: Column, shop: Workshop) -> None:
+    """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that."""
+    options = json.dumps(asdict(column.options))
+    command = [sys.executable, "-m", "targets.build", targets.TARGETS[target.type], options, str(source), str(out)]
+    child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path)
+    shop.peak_mib = max(shop.peak_mib, child.peak_rss_mib)
+    raise_told(child.output)
+
+
+def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
+    shop: Workshop,
+    folder: str,
+    build: Callable[[Path], Mapping[str, Any]],
+    *,
+    kind: Kind,
+    key: str,
+    parent: str,
+    title: str,
+) -> Artifact:
+    shop.used.add(folder)
+    final = shop.out / "lowered" / folder
+    found = reusable(final, key, verify=shop.verify)
+    if found is not None:
+        return found
+    started, parity = time.monotonic(), shop.seconds.get("parity", 0.0)
+    shop.progress.start(title, 1)
+    made = write_artifact(final, build, kind=kind, key=key, parent=parent)
+    shop.progress.advance()
+    shop.progress.finish()
+    shop.took(title.split()[0].lower(), time.monotonic() - started - (shop.seconds.get("parity", 0.0) - parity))
+    return made

@@ -1,0 +1,234 @@
+"""One component to one ONNX file, through torch.export: fixed shapes unless asked otherwise, equal bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporter import __version__
+from exporter.errors import ComponentFailed
+from exporter.lowering.stored import Held, StoredWeights, give_values, write_pointing
+from exporter.lowering.tidy import tidy, unused_initializers
+from exporter.lowering.wrappers import Signature, Sizes, example_feeds, signature, wrap
+from exporter.progress import Progress, Silent, task
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+_PREFIX = "net."
+_SMALL = 1024  # bytes; tensors below stay in the graph, where runtimes fold them
+_OPSETS = range(18, 24)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How components become ONNX.
+
+    Attributes:
+        opset: of the ONNX operators. 20 writes attention and group normalization in basic operators, which every
+            runtime and quantizer reads; 21 has GroupNormalization, 23 Attention.
+        dynamic: leave batch, height and width open instead of fixing them.
+        batch: images per call; fixed unless `dynamic`.
+        guided: the denoiser answers two rows per image, without and with the prompt.
+        latent: side of the latent; fixed unless `dynamic`.
+        tokens: length of the text, always fixed.
+        external_bytes: weights beyond this stay in files beside the graph; below, the graph holds them.
+    """
+
+    opset: int = 20
+    dynamic: bool = False
+    batch: int = 1
+    guided: bool = True
+    latent: int = 64
+    tokens: int = 77
+    external_bytes: int = 100_000_000
+
+
+def export_component(
+    component: str,
+    module: nn.Module,
+    out: Path,
+    options: ExportOptions,
+    *,
+    weights: StoredWeights | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write ``out/model.onnx`` and, where the weights are large, files that it points into beside it.
+
+    Args:
+        component: its name, for messages and as the graph's name.
+        module: the network, pruned or not; unchanged afterwards.
+        out: an existing folder.
+        options: shapes and opset.
+        weights: where the weights of a network on the meta device lie; large ones are not read but pointed at. None
+            for a network whose weights are in memory, which are written into ``out/model.onnx_data`` where large.
+        progress: three units: export, tidy, write.
+
+    Raises:
+        ComponentFailed: torch cannot export the network, or the result is not valid ONNX.
+        SourceError: a network of an unknown class.
+    """
+    names = signature(module)
+    if options.opset not in _OPSETS:
+        raise ComponentFailed(
+            f"{component}: opset: got {options.opset}, expected {_OPSETS[0]} to {_OPSETS[-1]}. Write opset: 20."
+        )
+    with task(progress or Silent(), f"Export {component}", 3) as shown:
+        program = _exported(component, module, names, options)
+        model = cast("ir.Model", program.model)
+        held = Held()
+        if weights is not None:
+            held = give_values(model, weights, prefix=_PREFIX, external_bytes=options.external_bytes)
+        shown.advance(note="traced")
+        with _quiet("onnx_ir"):  # it names every weight that has no value yet
+            program.optimize()  # folds transposed weights that are in memory, so that quantizers see them as weights
+        model = cast("ir.Model", program.model)
+        tidy(model, prefix=_PREFIX, weights={name: tensor.numel() for name, tensor in module.state_dict().items()})
+        _sign(model, component, weights.digest if weights is not None else weights_digest(module))
+        if options.dynamic:
+            _name_axes(model, names)
+        shown.advance(note="tidied")
+        _write(model, component, out, options, held)
+        shown.advance()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the sha256 of a network's state dict: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _exported(component: str, module: nn.Module, names: Signature, options: ExportOptions) -> Any:
+    wrapped = wrap(module)
+    arguments = _examples(module, names, options)
+    try:
+        with _quiet_eval(wrapped), torch.no_grad():
+            program = torch.onnx.export(
+                wrapped,
+                arguments,
+                dynamo=True,
+                optimize=False,  # done when the initializers have their values
+                opset_version=options.opset,
+                input_names=list(names.inputs),
+                output_names=list(names.outputs),
+                dynamic_shapes=_dynamic_shapes(names) if options.dynamic else None,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise ComponentFailed(
+            f"{component}: torch cannot export it; got: {reason[0] if reason else type(error).__name__}. Look at the "
+            "part of the network it names, or report it as a bug."
+        ) from error
+    return program
+
+
+def _examples(module: nn.Module, names: Signature, options: ExportOptions) -> tuple[Tensor, ...]:
+    rows = options.batch * (2 if options.guided and "timestep" in names.inputs else 1)
+    if not options.dynamic:
+        return example_feeds(module, Sizes(rows, options.latent, options.tokens))
+    # One row would fix the batch, and equal sides would become one axis.
+    found = example_feeds(module, Sizes(max(rows, 2), options.latent, options.tokens))
+    if names.dynamic[names.inputs[0]].get(3):
+        first = found[0]
+        found = (torch.cat([first, first], dim=3), *found[1:])
+    return found
+
+
+def _dynamic_shapes(names: Signature) -> tuple[tuple[dict[int, Any] | None, ...]]:
+    """Return the open axes of every input; the wrappers take them as one ``*inputs``."""
+    return (
+        tuple(
+            dict.fromkeys(names.dynamic[name], torch.export.Dim.DYNAMIC) if name in names.dynamic else None
+            for name in names.inputs
+        ),
+    )
+
+
+@contextmanager
+def _quiet_eval(module: nn.Module) -> Iterator[None]:
+    """Export in evaluation mode and put every module's mode back; torch's notes to its own developers stay unseen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        # torch.onnx names torchvision's absence, which no component needs.
+        with _quiet("torch.onnx"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _sign(model: ir.Model, component: str, digest: str) -> None:
+    model.graph.name = component
+    model.producer_name, model.producer_version = "diffusion-exporter", __version__
+    model.metadata_props["exporter.component"] = component
+    model.metadata_props["exporter.weights_sha256"] = digest
+
+
+def _name_axes(model: ir.Model, names: Signature) -> None:
+    """Give the open axes their names, and drop the expressions in which torch wrote those of inner tensors."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        axes = names.dynamic.get(value.name or "", {})
+        if value.shape is not None:
+            value.shape = ir.Shape([axes.get(index, axis) for index, axis in enumerate(value.shape)])
+    ends = {id(value) for value in model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if id(value) not in ends:
+                value.shape = None
+
+
+def _write(model: ir.Model, component: str, out: Path, options: ExportOptions, held: Held) -> None:
+    unused = unused_initializers(model)
+    if unused:
+        raise ComponentFailed(f"{component}: weights that nothing uses; got {unused[:5]}. This is a bug: report it.")
+    path = out / MODEL_FILE
+    if held.values:
+        write_pointing(model, path, held)
+    else:
+        values = (value.const_value for value in model.graph.initializers.values())
+        size = sum(value.nbytes for value in values if value is not None)
+        external = DATA_FILE if size > options.external_bytes else None
+        ir.save(model, path, external_data=external, size_threshold_bytes=_SMALL)
+    try:
+        onnx.checker.check_model(_without_weights(path))
+    except onnx.checker.ValidationError as error:
+        raise ComponentFailed(f"{component}: not valid ONNX; got: {error}. This is a bug: report it.") from error
+
+
+def _without_weights(path: Path) -> onnx.ModelProto:
+    """Return a graph whose external weights are inputs: the checker refuses files with several links, as ours are."""
+    model = onnx.load(str(path), load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    for tensor in outside:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inside = [tensor for tensor in model.graph.initializer if not tensor.external_data]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(inside)
+    return model

@@ -1,0 +1,201 @@
+"""Components as plain functions of tensors, with the names, types and shapes that optimum's loaders feed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
+from exporter.networks.probe import example_inputs
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of a component's inputs and outputs.
+
+    Attributes:
+        inputs: in the order of the wrapper's forward.
+        outputs: in the order in which the wrapper returns them.
+        dynamic: input or output -> axis -> name of the axis, where an export on request leaves it open.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that a component is exported with.
+
+    Attributes:
+        rows: first axis of every input but the timestep.
+        latent: side of the latent.
+        tokens: length of the text.
+    """
+
+    rows: int
+    latent: int
+    tokens: int
+
+
+class DenoiserForward(nn.Module):
+    """A denoiser's forward without keyword arguments, dictionaries and output objects."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._names = _inputs(net)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Predict noise or velocity.
+
+        Args:
+            *inputs: as `signature` names them: the sample (rows, ...) float32, scaled as the scheduler wants it; the
+                timestep () or (rows,) float32, the same for every row, which may be a fraction; what else it takes.
+
+        Returns:
+            (rows, ...) float32.
+        """
+        arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
+        return cast("Tensor", self.net(**arguments, return_dict=False)[0])
+
+
+class DecoderForward(nn.Module):
+    """The decoding half of a VAE."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Decode.
+
+        Args:
+            *inputs: one: (rows, channels, height, width) float32, already divided by the VAE's scaling factor.
+
+        Returns:
+            (rows, 3, height * factor, width * factor) float32 in about [-1, 1].
+        """
+        return cast("Tensor", cast("Any", self.net).decode(inputs[0], return_dict=False)[0])
+
+
+class TextForward(nn.Module):
+    """A text encoder's forward without output objects."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._names = _inputs(net)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Encode a text.
+
+        Args:
+            *inputs: token ids (rows, tokens) int64 and, where the encoder takes one, the mask of the same shape.
+
+        Returns:
+            As `signature` names them: text states (rows, tokens, width), the pooled state (rows, width) where there is
+            one, and for CLIP the states before every layer, float32.
+        """
+        hidden = _has_hidden_states(self.net)
+        found = self.net(**dict(zip(self._names, inputs, strict=True)), output_hidden_states=hidden)
+        named = [found[name] for name in _text_outputs(self.net) if not name.startswith(_HIDDEN)]
+        return (*named, *(found.hidden_states[:-1] if hidden else ()))
+
+
+_HIDDEN = "hidden_states."
+MAIN_OUTPUTS = ("sample", "last_hidden_state")
+"""What a decoder and a text encoder are compared with dense by; parity looks at every output."""
+
+_WRAPPERS = {
+    "AutoencoderKL": DecoderForward,
+    "CLIPTextModel": TextForward,
+    "CLIPTextModelWithProjection": TextForward,
+    "T5EncoderModel": TextForward,
+}
+
+
+def signature(module: nn.Module) -> Signature:
+    """Return the names of a network's inputs and outputs; of an autoencoder those of its decoder.
+
+    Raises:
+        SourceError: a network of an unknown class.
+    """
+    inputs = _inputs(module)
+    wrapper = _WRAPPERS.get(type(module).__name__, DenoiserForward)
+    if wrapper is DecoderForward:
+        axes = {"latent_sample": _image_axes(""), "sample": _image_axes("image_")}
+        return Signature(inputs, ("sample",), axes)
+    if wrapper is TextForward:
+        outputs = _text_outputs(module)
+        return Signature(inputs, outputs, {name: {0: "batch"} for name in (*inputs, *outputs)})
+    rows = {name: {0: "batch"} for name in inputs if name != "timestep" or takes_timestep_rows(type(module).__name__)}
+    if "img_ids" in inputs:  # the latent is packed: its places are one axis
+        packed = {0: "batch", 1: "places"}
+        rows |= {inputs[0]: packed, "out_sample": packed, "img_ids": {0: "places"}}
+        del rows["txt_ids"]
+        return Signature(inputs, ("out_sample",), rows)
+    return Signature(inputs, ("out_sample",), {**rows, inputs[0]: _image_axes(""), "out_sample": _image_axes("")})
+
+
+def _image_axes(prefix: str) -> dict[int, str]:
+    return {0: "batch", 2: f"{prefix}height", 3: f"{prefix}width"}
+
+
+def _inputs(module: nn.Module) -> tuple[str, ...]:
+    config = getattr(module, "config", {})
+    return inputs_of(type(module).__name__, config if isinstance(config, Mapping) else config.to_dict())
+
+
+def _text_outputs(module: nn.Module) -> tuple[str, ...]:
+    """Return the outputs of a text encoder in the order in which its library answers them."""
+    named = {
+        "CLIPTextModel": ("last_hidden_state", "pooler_output"),
+        "CLIPTextModelWithProjection": ("text_embeds", "last_hidden_state"),
+        "T5EncoderModel": ("last_hidden_state",),
+    }[type(module).__name__]
+    return (*named, *(f"{_HIDDEN}{index}" for index in range(_layers(module) if _has_hidden_states(module) else 0)))
+
+
+def _has_hidden_states(module: nn.Module) -> bool:
+    """Tell whether pipelines read the states between the layers, as SDXL's do and `clip_skip` does."""
+    return type(module).__name__.startswith("CLIP")
+
+
+def _layers(module: nn.Module) -> int:
+    """Return how many layers a CLIP text encoder has now, which surgery may have changed."""
+    return len(next(part for name, part in module.named_modules() if name.endswith("encoder.layers")))
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """Return a network as a function of tensors, as `signature` names them; it shares the network's weights.
+
+    Raises:
+        SourceError: a network of an unknown class.
+    """
+    _inputs(module)
+    return _WRAPPERS.get(type(module).__name__, DenoiserForward)(module)
+
+
+def example_feeds(module: nn.Module, sizes: Sizes) -> tuple[Tensor, ...]:
+    """Return inputs of a wrapped network, in order: of the right shapes, types and device.
+
+    Args:
+        module: the network, not wrapped; its config and first layers tell the widths.
+        sizes: the other axes.
+
+    Raises:
+        SourceError: a network of an unknown class.
+    """
+    names = _inputs(module)
+    found = example_inputs(module, batch=sizes.rows, size=sizes.latent, tokens=sizes.tokens)
+    if "timestep" in found:
+        first = found[names[0]]
+        shape = (sizes.rows,) if takes_timestep_rows(type(module).__name__) else ()
+        found["timestep"] = torch.zeros(shape, dtype=first.dtype, device=first.device)
+    return tuple(found[name] for name in names)

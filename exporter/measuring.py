@@ -1,0 +1,261 @@
+"""One cell of the table state x target: what lowering did, what the image lost, how fast, how large."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporter.artifact import Artifact
+from exporter.bench import DENSE, Bench
+from exporter.lowering.feeds import denoiser_feeds, recorded_calls
+from exporter.lowering.wrappers import MAIN_OUTPUTS, signature, wrap
+from exporter.metrics.fidelity import (
+    Answer,
+    Answers,
+    Subset,
+    ask,
+    component_fidelity,
+    lowering,
+    recorded_answers,
+    teacher_forced,
+)
+from exporter.metrics.latency import Timer, latency_measurements
+from exporter.metrics.machine import Mode
+from exporter.metrics.measurement import Measurement
+from exporter.metrics.place import Place
+from exporter.metrics.size import memory_measurement, run_child, size_measurement
+from exporter.networks.components import Component
+from exporter.networks.storage import load_network
+from exporter.pictures import draw
+from exporter.progress import task
+from exporter.report.record import CellRecord
+from exporter.runtime import EngineFacts, close_sessions, open_session, open_sessions, run_batched
+from exporter.shapes import measure_cost, measure_points, points_of
+from exporter.states import components_of, config_of
+from targets.base import Session
+
+Array = NDArray[Any]
+Ask = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+def measure_cell(
+    state: Artifact, engine: Artifact, target: str, bench: Bench, *, fixed: Path | None = None
+) -> CellRecord:
+    """Measure an engine of a state.
+
+    Args:
+        state: what was lowered.
+        engine: its engine.
+        target: the recipe's name of the target.
+        bench: what all cells share.
+        fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
+
+    Raises:
+        ComponentFailed: it cannot be loaded, answers with the wrong shape, or dies.
+    """
+    place = Place(state.path.name, target)
+    facts = EngineFacts.of(engine)
+    seconds: dict[str, float] = {}
+    found: list[Measurement] = []
+    sessions = open_sessions(engine.path, facts)
+    try:
+        evidence = {name: session.evidence().to_json() for name, session in sessions.items()}
+        with _clock(seconds, "fidelity"):
+            found += _answers(state, sessions, place, bench)
+        with _clock(seconds, "images"):
+            measurements, images = draw(engine.path, sessions, place, bench)
+            found += measurements
+        fed = {
+            component.name: _timed_feeds(component, sessions[component.name], state.path, bench)
+            for component in components_of(state.path)
+        }
+        with _clock(seconds, "latency"):
+            found += _latency(state, facts, sessions, place, bench)
+        if fixed is not None:
+            with _clock(seconds, "shapes"):
+                found += _shapes(state, facts, sessions, fixed, place, bench)
+    finally:
+        close_sessions(sessions)
+    with _clock(seconds, "footprint"):
+        found += _footprint(engine.path, facts, place, fed)
+    if place.state == DENSE:
+        bench.engines[place.target] = engine.path
+    return CellRecord(
+        state=place.state,
+        target=place.target,
+        status="ok",
+        measurements=found,
+        images=images,
+        evidence=evidence,
+        engine=str(engine.path.relative_to(bench.out)),
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+
+
+def _answers(state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench) -> list[Measurement]:
+    """Put the recorded calls to every component: against its state in torch, and against dense."""
+    found: list[Measurement] = []
+    for component in components_of(state.path):
+        session = sessions[component.name]
+        here = place.at(component.name)
+        got = _ask_component(component, lambda feeds, session=session: run_batched(session, feeds), state.path, bench)  # type: ignore[misc]
+        found += lowering(_in_torch(state, component, bench), got, here)
+        reference = _dense_reference(component, bench)
+        if isinstance(got, Answers) and isinstance(reference, Answers):
+            found.append(teacher_forced(reference, got, here))
+        else:
+            found.append(component_fidelity(np.asarray(reference), np.asarray(got), here))
+    return found
+
+
+def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
+    """Return what the dense pipeline answered: recorded, or computed in torch where 8-bit images were recorded."""
+    if component.role == "denoiser":
+        return recorded_answers(bench.recording, Subset(prompts=len(bench.rows)))
+    found: Array = np.asarray(_in_torch(bench.dense, component, bench))
+    return found
+
+
+def _in_torch(state: Artifact, component: Component, bench: Bench) -> Answers | Array:
+    digest = state.part_digest(component.folder)
+    if digest not in bench.torch_answers:
+        network = load_network(state.path / component.folder, cls=component.cls)
+        names, module = signature(network), wrap(network)
+
+        def answer(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            with torch.inference_mode():
+                found = module(*(torch.from_numpy(np.asarray(feeds[name])) for name in names.inputs))
+            outputs = found if isinstance(found, tuple) else (found,)
+            return {name: value.numpy() for name, value in zip(names.outputs, outputs, strict=True)}
+
+        bench.torch_answers[digest] = _ask_component(component, answer, state.path, bench)
+    found: Answers | Array = bench.torch_answers[digest]
+    return found
+
+
+def _ask_component(component: Component, answer: Ask, state: Path, bench: Bench) -> Answers | Array:
+    config = config_of(state / component.folder)
+    if component.role == "denoiser":
+        asked = _denoiser(component, config, answer)
+        return ask(bench.recording, asked, Subset(prompts=len(bench.rows)), bench.progress)
+    found = answer(next(recorded_calls(component, config, bench.recording, bench.rows)).feeds)
+    return found[next(name for name in MAIN_OUTPUTS if name in found)]
+
+
+def _denoiser(component: Component, config: Mapping[str, Any], answer: Ask) -> Answer:
+    def ask_denoiser(sample: Array, timestep: float, given: Mapping[str, Array]) -> Array:
+        return answer(denoiser_feeds(component.cls, config, sample, timestep, given))["out_sample"]
+
+    return ask_denoiser
+
+
+def _latency(
+    state: Artifact, facts: EngineFacts, sessions: Mapping[str, Session], place: Place, bench: Bench
+) -> list[Measurement]:
+    """Time every component on a recorded call; against the dense engine of the same target, pair by pair."""
+    known = components_of(state.path)
+    mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
+    timer = Timer(
+        budget_s=bench.recipe.measure.latency_seconds,
+        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=mode),
+    )
+    dense_folder = bench.engines.get(place.target)
+    dense = {} if dense_folder is None else open_sessions(dense_folder, facts)
+    found = []
+    try:
+        with task(bench.progress, f"Latency {place.state} on {place.target}", len(known)) as told:
+            for component in known:
+                here = place.at(component.name)
+                feeds = _timed_feeds(component, sessions[component.name], state.path, bench)
+                if dense:
+                    pairs = timer.interleaved(
+                        lambda name=component.name, feeds=feeds: sessions[name](feeds),  # type: ignore[misc]
+                        lambda name=component.name, feeds=feeds: dense[name](feeds),  # type: ignore[misc]
+                    )
+                    found += latency_measurements(pairs.a, here, pairs.ratio(DENSE))
+                else:
+                    call = lambda name=component.name, feeds=feeds: sessions[name](feeds)  # noqa: E731
+                    found += latency_measurements(timer.measure(call), here)
+                told.advance()
+    finally:
+        close_sessions(dense)
+    return found
+
+
+def _shapes(
+    state: Artifact, facts: EngineFacts, sessions: Mapping[str, Session], fixed: Path, place: Place, bench: Bench
+) -> list[Measurement]:
+    """Time every component at each point of the recipe's shapes, and the denoiser against one with fixed shapes."""
+    assert bench.recipe.shapes is not None
+    points = points_of(bench.recipe.shapes, bench.sampling["size"])
+    own = bench.sampling | {"batch": min(bench.sampling["batch"], bench.recording.count)}
+    timer = Timer(
+        budget_s=bench.recipe.measure.latency_seconds,
+        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=dict(facts.options)),
+    )
+    found = []
+    known = components_of(state.path)
+    with task(bench.progress, f"Shapes {place.state} on {place.target}", len(known)) as told:
+        for component in known:
+            session, here = sessions[component.name], place.at(component.name)
+            feeds = _timed_feeds(component, session, state.path, bench)
+            found.append(measure_points(session, feeds, points, here, timer, own))
+            if component.role == "denoiser":
+                other = open_session(fixed, facts)
+                try:
+                    found.append(measure_cost(session, other, feeds, here, timer))
+                finally:
+                    other.close()
+            told.advance()
+    return found
+
+
+def _timed_feeds(component: Component, session: Session, state: Path, bench: Bench) -> dict[str, Array]:
+    """Return one recorded call with exactly the rows the engine was compiled for, all of them real."""
+    batch = min(bench.sampling["batch"], bench.recording.count)
+    call = next(recorded_calls(component, config_of(state / component.folder), bench.recording, range(batch)))
+    feeds = {}
+    for spec in session.inputs:
+        array = np.asarray(call.feeds[spec.name], dtype=spec.dtype)
+        if array.ndim and spec.shape[0] not in (-1, len(array)):  # fewer prompts recorded than the batch holds
+            array = np.resize(array, (spec.shape[0], *array.shape[1:]))
+        feeds[spec.name] = np.ascontiguousarray(array) if array.ndim else array
+    return feeds
+
+
+def _footprint(
+    engine: Path, facts: EngineFacts, place: Place, fed: Mapping[str, Mapping[str, Array]]
+) -> list[Measurement]:
+    """Load the engine in a process of its own, without torch, and call it as `fed`: what it costs a device."""
+    shapes = {name: {key: array.shape for key, array in feeds.items()} for name, feeds in fed.items()}
+    folders = [str(engine / name) for name in facts.components]
+    command = [sys.executable, "-m", "targets.footprint", facts.target, json.dumps(facts.options)]
+    command += [json.dumps(shapes), *folders]
+    child = run_child(command, timeout_s=600)
+    times = json.loads(child.output.strip().splitlines()[-1])
+    load = place.measured(
+        "load_ms",
+        sum(times["load_ms"].values()),
+        "ms",
+        samples=1,
+        note="all components, in a new process, the runtime's own import left out",
+        detail=times,
+    )
+    sizes = [size_measurement(place.at(name), engine / name) for name in facts.components]
+    return [load, memory_measurement(place, child.peak_rss_mib), size_measurement(place, engine), *sizes]
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started

@@ -1,0 +1,25 @@
+"""Pruning methods, one file each; nothing is imported until chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporter.pruners.base import Pruner
+
+PRUNERS = {
+    "random": "exporter.pruners.random_:Random",
+    "magnitude": "exporter.pruners.magnitude:Magnitude",
+}
+"""The registry: what a recipe calls ``method`` -> ``module:Class``."""
+
+
+def pruner(name: str) -> type[Pruner]:
+    """Return the class of this method; KeyError for a name that is not in `PRUNERS`."""
+    module, _, attribute = PRUNERS[name].partition(":")
+    found: type[Pruner] = getattr(import_module(module), attribute)
+    return found
+
+
+__all__ = ["PRUNERS", "pruner"]

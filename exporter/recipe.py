@@ -1,0 +1,400 @@
+"""The recipe: the only thing a user writes. Parsed, checked and frozen here, without loading torch.
+
+The options of a pruner, a tuning method or a target belong to that method: `options_from` checks them against its
+frozen dataclass with the same errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from exporter.errors import RecipeError
+from exporter.validation import flat, hint, one_of, problems
+
+_MAX_BYTES = 2**20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+STAGES = {"prune": "pruned", "tune": "tuned"}
+"""Stage -> the word its state's id ends with."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSpec(_Part):
+    """A LoRA that is added to the weights before anything else."""
+
+    path: str = Field(description="a safetensors file")
+    weight: Annotated[float, Field(ge=-10, le=10, description="how much of it is added; 1 is as trained")] = 1.0
+
+
+class Source(_Part):
+    """Where the dense model comes from: a folder or file (`path`), or a hub id with a pinned revision."""
+
+    path: str | None = Field(
+        None,
+        description="folder of a diffusers pipeline, a safetensors checkpoint (with 'config'), or reference:shapes for "
+        "the embedded one",
+    )
+    config: str | None = Field(
+        None,
+        description="for a checkpoint: local folder with model_index.json, configs, tokenizer and scheduler",
+    )
+    hub: str | None = Field(None, description="hub id, owner/name", pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str | None = Field(None, description="commit of the hub repository, 40 hex digits")
+    variant: str | None = Field(
+        None, description="variant of the weight files, such as fp16 or bf16", pattern=r"^\w[\w-]*$"
+    )
+    loras: tuple[LoraSpec, ...] = Field((), description="LoRAs that are fused before anything else, in this order")
+    safety_checker: Literal["keep", "drop"] = Field(
+        "drop", description="whether the source's safety checker goes into states and engines"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            msg = "needs either 'path' (a folder or file) or 'hub' (owner/name with 'revision')"
+            raise ValueError(msg)
+        if self.hub is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            msg = "needs 'revision', the 40 hex digits of a commit, so that the build can be repeated"
+            raise ValueError(msg)
+        if self.config is not None and (self.path is None or Path(self.path).is_dir()):
+            msg = "takes 'config' only beside the 'path' of a single checkpoint file"
+            raise ValueError(msg)
+        if self.config is not None and self.variant is not None:
+            msg = "takes no 'variant' for a single checkpoint file"
+            raise ValueError(msg)
+        return self
+
+
+class Sampling(_Part):
+    """How images are made, for recording, measuring and as defaults of the engine."""
+
+    scheduler: Literal["source", "dpm-solver++", "ddim", "euler"] = Field(
+        "source", description="'source' keeps the scheduler of the source model"
+    )
+    steps: Annotated[int, Field(ge=1, le=1000, description="denoising steps")] = 20
+    guidance: Annotated[float, Field(ge=0, le=100, description="guidance scale; at most 1 means unguided")] = 7.5
+    size: Annotated[int | None, Field(ge=8, le=4096, description="image side in pixels; default: the source's")] = None
+    batch: Annotated[int, Field(ge=1, le=64, description="images per denoiser call; guidance doubles the rows")] = 1
+
+
+class Export(_Part):
+    """How components become ONNX."""
+
+    opset: Annotated[int, Field(ge=18, le=23, description="ONNX opset")] = 20
+    dynamic: bool = Field(False, description="dynamic batch and size; fixed shapes run faster")
+
+
+class Shapes(_Part):
+    """Ranges that engines accept instead of one fixed shape; latency is measured at every named value."""
+
+    batch: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field((1,), description="images per denoiser call")
+    size: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
+        (), description="image sides in pixels; default: the size of sampling"
+    )
+
+    @field_validator("batch", "size")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            msg = f"got {list(value)}, expected rising numbers, such as [1, 4]"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("batch")
+    @classmethod
+    def _some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            msg = "got no value, expected at least one, such as [1, 4]"
+            raise ValueError(msg)
+        return value
+
+
+class Measure(_Part):
+    """What is measured after each state."""
+
+    states: Literal["all", "final"] | tuple[str, ...] = "all"
+    prompts: str = Field("shapes-validation", description="a named set, or a txt, csv or jsonl file")
+    images: Annotated[int, Field(ge=1, le=100_000, description="images per state and target")] = 32
+    calls: Annotated[int, Field(ge=1, le=1024, description="images whose denoiser calls are compared")] = 8
+    seed: Annotated[int, Field(ge=0, le=2**31, description="seed of the first image; image i uses seed + i")] = 0
+    judge: str | None = Field(None, description="folder of a CLIPModel; the embedded judge for the embedded model")
+    latency_seconds: Annotated[float, Field(gt=0, le=3600, description="time budget per component for latency")] = 20.0
+
+
+class GateSpec(_Part):
+    """A limit on a measurement: a number, or relative to dense, such as ``0.95 * dense`` or ``dense - 2``."""
+
+    metric: str
+    min: float | str | None = None
+    max: float | str | None = None
+    targets: tuple[str, ...] | Literal["all"] = "all"
+    state: str = Field("all", description="a state id, 'final' or 'all'")
+    component: str | None = Field(
+        None, description="unet, denoiser, all, ...; default: the whole pipeline, the denoiser for latency, else all"
+    )
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> GateSpec:
+        if self.min is None and self.max is None:
+            msg = "needs 'min' or 'max'"
+            raise ValueError(msg)
+        return self
+
+
+class TargetSpec(BaseModel):
+    """A named column: a target type and that type's own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    type: str
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options as written."""
+        return dict(self.model_extra or {})
+
+
+class StageSpec(_Part):
+    """One stage: exactly one of `prune` and `tune`, with the method and its options."""
+
+    prune: dict[str, Any] | None = None
+    tune: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        if isinstance(value, Mapping) and "quantize" in value:
+            msg = "quantize: quantization is not available in this version. Remove the stage"
+            raise ValueError(msg)
+        if not isinstance(value, Mapping) or len(value) != 1:
+            msg = f"expected exactly one of {one_of(STAGES)} with its options, such as {{prune: {{method: magnitude}}}}"
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def _has_method(self) -> StageSpec:
+        if not isinstance(self.given.get("method"), str):  # a ValueError, which pydantic turns into its own
+            msg = f"{self.kind}.method: missing; expected the name of a method (see `exporter pruners`)"
+            raise ValueError(msg)  # noqa: TRY004
+        return self
+
+    @property
+    def kind(self) -> str:
+        """``prune`` or ``tune``."""
+        return "prune" if self.prune is not None else "tune"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Method and options as written."""
+        return dict((self.prune if self.prune is not None else self.tune) or {})
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.given["method"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options without the method."""
+        return {key: value for key, value in self.given.items() if key != "method"}
+
+
+class Recipe(_Part):
+    """A whole recipe; see the README for one."""
+
+    name: str
+    source: Source
+    seed: Annotated[int, Field(ge=0, le=2**31, description="seed of everything random in the stages")] = 0
+    sampling: Sampling = Sampling()
+    stages: tuple[StageSpec, ...] = ()
+    export: Export = Export()
+    shapes: Shapes | None = Field(None, description="engines that accept a range; default: one fixed shape")
+    targets: dict[str, TargetSpec]
+    measure: Measure = Measure()
+    gates: tuple[GateSpec, ...] = ()
+    on_miss: Literal["stop", "continue"] = "stop"
+    unmeasured: Literal["warn", "fail"] = "warn"
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        return _plain(value)
+
+    @field_validator("targets")
+    @classmethod
+    def _plain_names(cls, value: dict[str, TargetSpec]) -> dict[str, TargetSpec]:
+        if not value:
+            msg = "needs at least one target, such as {ort: {type: onnxruntime}}"
+            raise ValueError(msg)
+        for name in value:
+            _plain(name)
+        return value
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        if self.shapes is not None:
+            for key, values, own in (
+                ("batch", self.shapes.batch, self.sampling.batch),
+                ("size", self.shapes.size, self.sampling.size),
+            ):
+                if values and own is not None and not values[0] <= own <= values[-1]:
+                    msg = f"shapes.{key}: got {list(values)}, expected a range that holds sampling.{key}, {own}"
+                    raise ValueError(msg)
+        for index, gate in enumerate(self.gates):
+            wanted = () if gate.targets == "all" else gate.targets
+            for name in wanted:
+                if name not in self.targets:
+                    msg = f"gates[{index}].targets: got '{name}', expected {one_of(self.targets)}"
+                    raise ValueError(msg + hint(name, self.targets))
+            if gate.state not in (*self.state_ids, "all", "final"):
+                msg = f"gates[{index}].state: got '{gate.state}', expected {one_of([*self.state_ids, 'all', 'final'])}"
+                raise ValueError(msg)
+        if isinstance(self.measure.states, tuple):
+            for name in self.measure.states:
+                if name not in self.state_ids:
+                    msg = f"measure.states: got '{name}', expected all, final or a list of {one_of(self.state_ids)}"
+                    raise ValueError(msg)
+        return self
+
+    @property
+    def state_ids(self) -> tuple[str, ...]:
+        """Ids of all states, dense first."""
+        made = (f"{index + 1}-{STAGES[stage.kind]}" for index, stage in enumerate(self.stages))
+        return ("0-dense", *made)
+
+    @property
+    def measured_states(self) -> tuple[str, ...]:
+        """Ids of the states that are lowered and measured; dense always is, as the baseline."""
+        if self.measure.states == "all":
+            return self.state_ids
+        chosen = {self.state_ids[-1]} if self.measure.states == "final" else set(self.measure.states)
+        return tuple(name for name in self.state_ids if name == "0-dense" or name in chosen)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    folder = resources.files("exporter") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def recipe_path(given: str) -> Path:
+    """Return the file of a recipe given as a path or as the name of one that ships.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    shipped = recipe_names()
+    if given in shipped:
+        return Path(str(resources.files("exporter") / "recipes" / f"{given}.yaml"))
+    msg = f"{given}: no such recipe; expected a YAML file or one of {', '.join(shipped)}.{hint(given, shipped)}"
+    raise RecipeError(msg)
+
+
+def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read, change and check a recipe.
+
+    Args:
+        path: the YAML file.
+        settings: changes such as ``stages[0].prune.keep_ratio=0.5``; the value is read as YAML.
+
+    Raises:
+        RecipeError: with one line per problem, each with its key path.
+    """
+    place = path.name
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            msg = f"{path}: too large; got {path.stat().st_size} bytes, expected at most {_MAX_BYTES}. Is it a recipe?"
+            raise RecipeError(msg)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: TID251 - a subclass of SafeLoader
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}. Check the path."
+        raise RecipeError(msg) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"{path}: not valid YAML: {flat(str(error))}. Mend the line it names."
+        raise RecipeError(msg) from error
+    if not isinstance(raw, dict):
+        msg = f"{place}: got {type(raw).__name__}, expected a mapping with name, source, targets, ... See the README."
+        raise RecipeError(msg)
+    for setting in settings:
+        _apply(raw, setting)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(problems(error, place, "", _keys_at))) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, which YAML itself would resolve silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping whose keys are unique."""
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(raw: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    keys = [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path).split(".")]
+    if not equals or not path:
+        msg = f"--set {setting}: got no '=', expected KEY.PATH=VALUE, such as sampling.steps=10."
+        raise RecipeError(msg)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        msg = f"--set {setting}: the value is not valid YAML: {flat(str(error))}. Quote it."
+        raise RecipeError(msg) from error
+    here: Any = raw
+    for key in keys[:-1]:
+        if isinstance(key, int) and isinstance(here, list) and key < len(here):
+            here = here[key]
+        elif isinstance(key, str) and isinstance(here, dict):
+            here = here.setdefault(key, {})
+        else:
+            msg = f"--set {setting}: there is no '{key}' in that place of the recipe. Check the path."
+            raise RecipeError(msg)
+    last = keys[-1]
+    in_mapping = isinstance(here, dict) and isinstance(last, str)
+    in_list = isinstance(here, list) and isinstance(last, int) and last < len(here)
+    if in_mapping or in_list:
+        here[last] = value
+    else:
+        msg = f"--set {setting}: there is no '{last}' in that place of the recipe. Check the path."
+        raise RecipeError(msg)
+
+
+def _plain(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        msg = f"got '{value[:80]}', expected letters, digits, '.', '_' and '-' (it becomes a folder name)"
+        raise ValueError(msg)
+    return value
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "source": Source,
+        "sampling": Sampling,
+        "stages": StageSpec,
+        "export": Export,
+        "shapes": Shapes,
+        "measure": Measure,
+        "gates": GateSpec,
+    }
+    model = models.get(str(loc[0]), Recipe) if loc else Recipe
+    model = LoraSpec if "loras" in loc else model
+    return list(model.model_fields)

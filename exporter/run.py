@@ -1,0 +1,327 @@
+"""A recipe, carried out: states, engines, measurements, gates, report. What is finished is reused by the next run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from calibration.errors import CalibrationError
+from exporter import __version__
+from exporter.artifact import Artifact, disk_failure, locked, write_text
+from exporter.bench import Bench, find_judges
+from exporter.collection import remember_used
+from exporter.errors import ComponentFailed, ExporterError, exit_code_of
+from exporter.forecast import compare
+from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state
+from exporter.measuring import measure_cell
+from exporter.metrics.gates import evaluate
+from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
+from exporter.networks.components import denoiser
+from exporter.preflight import Plan, check_recipe, parse_gates
+from exporter.progress import Progress
+from exporter.recipe import Recipe
+from exporter.recordings import dense_recording, export_options, resolved_sampling
+from exporter.report.record import CellRecord, GateRecord, RunRecord, StateRecord, TargetRecord
+from exporter.report.writing import write_record, write_reports
+from exporter.states import pipeline_class_of
+from exporter.transforms import Lab, make_dense, make_state
+from targets.base import TargetError
+
+_LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "torch-pruning",
+    "torchmetrics",
+    "numpy",
+)
+
+
+@dataclass
+class _Run:
+    """What one run knows so far."""
+
+    recipe: Recipe
+    plan: Plan
+    out: Path
+    progress: Progress
+    verify: bool
+    started: str
+    clock: float
+    states: dict[str, Artifact] = field(default_factory=dict)
+    records: list[StateRecord] = field(default_factory=list)
+    cells: list[CellRecord] = field(default_factory=list)
+    gates: list[GateRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    found: bool = False
+    peak_mib: float = 0.0
+
+
+def run_recipe(  # noqa: PLR0913 - the command's flags
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress,
+    verify: bool = False,
+    until: str | None = None,
+    targets: tuple[str, ...] | None = None,
+    states: tuple[str, ...] | None = None,
+) -> RunRecord:
+    """Carry out a recipe and write its report.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; made when missing, resumed when not.
+        progress: what long work reports to.
+        verify: hash every file of reused artifacts instead of trusting size, time and inode.
+        until: stop after this state or phase.
+        targets: only these targets of the recipe.
+        states: measure only these states.
+
+    Returns:
+        The record that was written to ``out/report.json``; its `exit_code` says how it went.
+
+    Raises:
+        RecipeError, SourceError: before any work.
+        ExporterError: a state could not be made; what was measured before it is in the report.
+    """
+    plan = check_recipe(recipe, out, until=until, targets=targets, states=states)
+    with locked(out):
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        run = _Run(recipe, plan, out, progress, verify, started, time.monotonic())
+        run.found = (out / "states").is_dir()
+        run.codes += [error.exit_code for error in plan.problems.values()]
+        try:
+            _carry_out(run)
+        except (ExporterError, KeyboardInterrupt, OSError, CalibrationError) as error:
+            failure = _as_ours(error, out)
+            code = failure.exit_code if failure else 130
+            _write(run, complete=False, code=code, stopped=str(failure or "interrupted"))
+            if failure is None or failure is error:
+                raise
+            raise failure from error
+        return _write(run, complete=True, code=exit_code_of(run.codes))
+
+
+def _carry_out(run: _Run) -> None:
+    dense, reused, took = _timed(lambda: _dense(run))
+    _note_state(run, dense, reused, took)
+    recording = dense_recording(run.recipe, dense, run.out, run.progress, verify=run.verify)
+    run.used |= {"0-dense", recording.folder.parent.name}
+    lab = Lab(run.recipe, run.out, run.progress, recording)
+    sampling = resolved_sampling(run.recipe, dense.path)
+    shop = Workshop(
+        run.out, export_options(run.recipe, dense.path), recording, sampling, run.progress, run.verify, run.used
+    )
+    bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress, find_judges(run.recipe))
+    parent = dense
+    for name in run.plan.states:
+        if name != "0-dense":
+            index = int(name.partition("-")[0]) - 1
+            parent, reused, took = _timed(
+                lambda parent=parent, index=index, name=name: make_state(
+                    index, parent, dense, run.out / "states" / name, lab
+                )
+            )
+            _note_state(run, parent, reused, took)
+        if name in run.plan.measured:
+            for column in run.plan.columns:
+                run.cells.append(_cell(run, parent, column, shop, bench))
+                run.peak_mib = shop.peak_mib
+                write_record(_record(run, complete=False, code=exit_code_of(run.codes)), run.out)
+            if not _pass_gates(run, name) and run.recipe.on_miss == "stop" and name != run.plan.states[-1]:
+                run.notes.append(f"stopped after {name}: a gate was missed and on_miss is stop")
+                break
+    write_text(run.out / "used.json", remember_used(run.out, sorted(run.used)))
+
+
+def _dense(run: _Run) -> tuple[Artifact, bool]:
+    return make_dense(run.plan.source, run.plan.facts, run.out / "states" / "0-dense", verify=run.verify)
+
+
+def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Bench) -> CellRecord:
+    """Lower and measure one state on one target; a failure here is this cell's own."""
+    name = state.path.name
+    earlier = next((cell for cell in run.cells if cell.target == column.name and cell.status == "failed"), None)
+    shop.seconds.clear()
+    try:
+        exported = export_state(state, shop)
+        if run.plan.until == "export":
+            return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until export")
+        engine = compile_state(state, exported, column, shop)
+        if run.plan.until == "compile":
+            return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
+        fixed = None
+        if run.recipe.shapes is not None:
+            fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
+        cell = measure_cell(state, engine, column.name, bench, fixed=fixed)
+        return cell.model_copy(update={"seconds": {**shop.seconds, **cell.seconds}})
+    except (ExporterError, TargetError) as caught:
+        error = caught if isinstance(caught, ExporterError) else ComponentFailed(str(caught))
+        run.codes.append(ComponentFailed.exit_code if error.exit_code not in (1, 4) else error.exit_code)
+        note = f" (it failed for state {earlier.state} too)" if earlier else ""
+        return CellRecord(state=name, target=column.name, status="failed", error=f"{error}{note}")
+
+
+def _pass_gates(run: _Run, state: str) -> bool:
+    """Evaluate the gates that concern a state; return whether none was missed."""
+    measurements = [item for cell in run.cells for item in cell.measurements]
+    names = [column.name for column in run.plan.columns]
+    failed = {(cell.state, cell.target) for cell in run.cells if cell.status != "ok"}
+    results = evaluate(parse_gates(run.recipe), measurements, run.recipe.state_ids, names, only_state=state)
+    found = [GateRecord(**vars(item)) for item in results if (item.state, item.target) not in failed]
+    run.gates += found
+    missed = [gate for gate in found if gate.status == "missed"]
+    unknown = [gate for gate in found if gate.status == "not measured"] if run.recipe.unmeasured == "fail" else []
+    if missed or unknown:
+        run.codes.append(3)
+    return not missed and not unknown
+
+
+def _note_state(run: _Run, state: Artifact, reused: bool, took: float) -> None:
+    facts = state.manifest.facts
+    run.states[state.path.name] = state
+    run.used.add(state.path.name)
+    run.records.append(
+        StateRecord(
+            id=state.path.name,
+            stage=facts["stage"],
+            digest=state.digest,
+            parent=state.manifest.parent,
+            parameters=facts["parameters"],
+            size_bytes=facts["size_bytes"],
+            seconds=round(took, 3),
+            reused=reused,
+            facts=facts["facts"],
+        )
+    )
+
+
+def _write(run: _Run, *, complete: bool, code: int, stopped: str = "") -> RunRecord:
+    record = _record(run, complete=complete, code=code).model_copy(update={"stopped": stopped})
+    write_reports(record, run.out)
+    return record
+
+
+def _record(run: _Run, *, complete: bool, code: int) -> RunRecord:
+    return RunRecord(
+        name=run.recipe.name,
+        exporter_version=__version__,
+        recipe=run.recipe.model_dump(mode="json", exclude_none=True),
+        started=run.started,
+        seconds=round(time.monotonic() - run.clock, 3),
+        complete=complete,
+        exit_code=code,
+        environment=environment(),
+        sampling=run.recipe.sampling.model_dump(mode="json"),
+        source=dataclasses.asdict(run.plan.facts),
+        states=run.records,
+        targets=_target_records(run),
+        cells=run.cells + _missing_cells(run),
+        gates=run.gates,
+        forecast=_forecast(run) if complete else {},
+        notes=[*run.plan.notes, *run.notes],
+    )
+
+
+def _forecast(run: _Run) -> dict[str, dict[str, float]]:
+    """Compare preflight's figures with what happened; a run that found work done proves nothing about them."""
+    if run.plan.until != "measure" or run.found or any(cell.status != "ok" for cell in run.cells):
+        return {}
+    return compare(
+        run.plan.expected,
+        memory_mib=max(own_peak_rss_mib(), run.peak_mib),
+        disk_mib=size_bytes(run.out) / MIB,
+        seconds=time.monotonic() - run.clock,
+    )
+
+
+def _target_records(run: _Run) -> list[TargetRecord]:
+    found = []
+    for column in run.plan.columns:
+        here = column.target.capabilities()
+        found.append(
+            TargetRecord(
+                name=column.name,
+                type=column.target.type,
+                options=run.recipe.targets[column.name].given,
+                version=here.version,
+                device=here.device,
+            )
+        )
+    for name, error in run.plan.problems.items():
+        spec = run.recipe.targets[name]
+        found.append(
+            TargetRecord(name=name, type=spec.type, options=spec.given, version=None, device="", problem=str(error))
+        )
+    return found
+
+
+def _missing_cells(run: _Run) -> list[CellRecord]:
+    """Cells of targets that cannot be used here: shown as not run, with the reason."""
+    return [
+        CellRecord(state=state, target=name, status="not run", error=str(error))
+        for state in run.plan.measured
+        if state in run.states
+        for name, error in run.plan.problems.items()
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Return what numbers of this machine depend on."""
+    return {
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_mib": psutil.virtual_memory().total >> 20,
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _timed(work: Any) -> Any:
+    started = time.monotonic()
+    artifact, reused = work()
+    return artifact, reused, 0.0 if reused else time.monotonic() - started
+
+
+def _as_ours(error: BaseException, out: Path) -> ExporterError | None:
+    """Return the error as one of ours; None for Ctrl-C."""
+    if isinstance(error, ExporterError):
+        return error
+    if isinstance(error, OSError):
+        return disk_failure(out, error)
+    return ComponentFailed(str(error)) if isinstance(error, CalibrationError) else None

@@ -1,0 +1,267 @@
+"""Stages that make a state from the last one: dense from the source, pruned, tuned.
+
+A state is a pipeline folder. What a stage did not touch is linked from its parent, so weights are stored once.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.recording import Recording
+from exporter import __version__
+from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
+from exporter.dense import fill_dense
+from exporter.errors import RecipeError
+from exporter.networks.components import Component
+from exporter.networks.inputs import SHARED, as_arguments
+from exporter.networks.loras import fused_entry
+from exporter.networks.pipeline import load_pipeline
+from exporter.networks.source import SourceFacts
+from exporter.networks.storage import load_network, load_surgery, parameter_count, read_config, save_network
+from exporter.networks.surgery import Snapshot, Surgery, diff
+from exporter.networks.weights import present_names, read_headers, weight_files
+from exporter.progress import Progress
+from exporter.prompts import prompt_set
+from exporter.pruners import PRUNERS, pruner
+from exporter.pruners.base import Context
+from exporter.recipe import Recipe, StageSpec
+from exporter.sampling import use_scheduler
+from exporter.states import components_of, form_of, image_size
+from exporter.tuning import TUNERS, tuner
+from exporter.tuning.base import TuneContext
+from exporter.validation import hint, one_of, options_from
+
+LIBRARIES = ("torch", "diffusers", "transformers", "torch-pruning", "accelerate", "safetensors")
+"""Versions of these enter the key of every state."""
+
+EMBEDDED_TUNING_PROMPTS = "shapes-train"
+"""What a tuning stage of the embedded model trains on where the recipe names no prompts."""
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What stages share: where to work, what to report to, what a recording of the dense pipeline offers.
+
+    Attributes:
+        recipe: the whole recipe.
+        out: the run's folder.
+        progress: what long work reports to.
+        recording: of the dense pipeline.
+    """
+
+    recipe: Recipe
+    out: Path
+    progress: Progress
+    recording: Recording
+
+    def samples(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the denoiser's inputs along the dense trajectory, one dictionary per timestep."""
+        for step in range(len(self.recording.timesteps)):
+            call = self.recording.calls(step)
+            arrays = {name: array[0] if name in SHARED else array for name, array in call.given.items()}
+            given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            timestep = torch.full((len(call.sample),), call.timestep)
+            first = self.recording.index.inputs[0]
+            yield as_arguments({first: torch.from_numpy(call.sample), "timestep": timestep, **given})
+
+    def prompts(self, name: str) -> list[str]:
+        """Return the prompts of a named set or file."""
+        return list(prompt_set(name).prompts)
+
+
+def stage_options(recipe: Recipe, index: int) -> Any:
+    """Check a stage's method and options; return the options as the method's dataclass.
+
+    Raises:
+        RecipeError: unknown method or option, or a wrong value.
+    """
+    stage, place = recipe.stages[index], f"stages[{index}]"
+    embedded = (recipe.source.path or "").startswith("reference:")
+    registry = PRUNERS if stage.kind == "prune" else TUNERS
+    if stage.method not in registry:
+        msg = f"{place}.{stage.kind}.method: got '{stage.method}', expected {one_of(registry)}."
+        raise RecipeError(msg + hint(stage.method, registry))
+    method = pruner(stage.method) if stage.kind == "prune" else tuner(stage.method)
+    given = stage.options
+    if embedded and stage.kind == "tune" and "prompts" not in given:
+        given |= {"prompts": EMBEDDED_TUNING_PROMPTS}
+    return options_from(method.options, given, f"{place}.{stage.kind}")
+
+
+def make_dense(source: Path, facts: SourceFacts, final: Path, *, verify: bool) -> tuple[Artifact, bool]:
+    """Copy what is needed of a source pipeline into the first state.
+
+    Returns:
+        The artifact and whether it was already there.
+    """
+    key = digest_of(["dense", __version__, facts.digest])
+    found = reusable(final, key, verify=verify)
+    if found is not None:
+        return found, True
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        fill_dense(source, facts, folder)
+        return _facts_of(folder, None, {"safety_checker": facts.safety_checker, "loras": fused_entry(facts.loras)})
+
+    return write_artifact(final, build, kind="state", key=key, parent=None, made=_versions()), False
+
+
+def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: Lab) -> tuple[Artifact, bool]:
+    """Carry out stage `index` of the recipe on its parent state.
+
+    Returns:
+        The artifact and whether it was already there.
+    """
+    stage = lab.recipe.stages[index]
+    options = stage_options(lab.recipe, index)
+    recipe_part = {"seed": lab.recipe.seed, "stage": stage.kind, "method": stage.method, "options": asdict(options)}
+    if stage.kind == "tune":  # a tuning method generates its data with the dense pipeline and the recipe's sampling
+        recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
+    key = digest_of([parent.digest, recipe_part, _versions()])
+    found = reusable(final, key)
+    if found is not None:
+        return found, True
+    workdir = lab.out / "work" / key[:32]
+    workdir.mkdir(parents=True, exist_ok=True)
+    carry_out = _prune if stage.kind == "prune" else _tune
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        facts = carry_out(stage, options, _Job(index, parent, dense, lab, workdir, folder))
+        for item in sorted(parent.path.iterdir()):
+            if item.is_dir() and not (folder / item.name).exists():
+                link_tree(item, folder / item.name)
+        shutil.copyfile(parent.path / "model_index.json", folder / "model_index.json")
+        return _facts_of(folder, stage, facts)
+
+    made = write_artifact(final, build, kind="state", key=key, parent=parent.digest, made=_versions())
+    shutil.rmtree(workdir, ignore_errors=True)
+    return made, False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One stage at work: where it stands, what it starts from, and the folder of the state it makes."""
+
+    index: int
+    parent: Artifact
+    dense: Artifact
+    lab: Lab
+    workdir: Path
+    folder: Path
+
+
+def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
+    """Edit one network; what happened is found by comparing before and after, not told by the pruner."""
+    component = component_named(job.parent.path, getattr(options, "component", "denoiser"), f"stages[{job.index}]")
+    folder = job.parent.path / component.folder
+    network = load_network(folder, cls=component.cls)
+    before = Snapshot.of(network)
+    parameters = parameter_count(network)
+    context = Context(
+        generator=torch.Generator().manual_seed(seed_of(job.lab.recipe.seed, job.index, "prune")),
+        progress=job.lab.progress,
+        workdir=job.workdir,
+        samples=job.lab.samples,
+    )
+    pruner(stage.method)(options).prune(network, context)
+    surgery = diff(before, network)
+    kept = parameter_count(network) / parameters
+    _save(network, component, job, load_surgery(folder).then(surgery))
+    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery)}
+
+
+def _edits(surgery: Surgery) -> dict[str, int]:
+    return {
+        "lists_shortened": len(surgery.keep),
+        "modules_replaced": len(surgery.stand_in),
+        "modules_resized": len(surgery.resize),
+    }
+
+
+def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
+    """Train the parent's denoiser towards the dense one; its shapes stay, so its surgery record does too."""
+    component = component_named(job.parent.path, "denoiser", f"stages[{job.index}]")
+    folder = job.parent.path / component.folder
+    student = load_network(folder, cls=component.cls)
+    before = Snapshot.of(student)
+    teacher = load_pipeline(job.dense.path)
+    sampling = job.lab.recipe.sampling
+    use_scheduler(teacher, sampling.scheduler)
+    facts = tuner(stage.method)(options).tune(
+        student,
+        teacher,
+        TuneContext(
+            seed=seed_of(job.lab.recipe.seed, job.index, "tune"),
+            progress=job.lab.progress,
+            workdir=job.workdir,
+            prompts=job.lab.prompts,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            size=image_size(sampling.size, job.dense.path),
+            form=form_of(job.dense.path),
+        ),
+    )
+    _save(student, component, job, load_surgery(folder).then(diff(before, student)))
+    return {"component": component.name, **facts}
+
+
+def _save(network: nn.Module, component: Component, job: _Job, surgery: Surgery) -> None:
+    """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out."""
+    folder = job.parent.path / component.folder
+    nn.Module.to(network, _stored_dtype(folder, component.cls))  # diffusers' own cast warns about nothing
+    config = read_config(folder, component.cls)
+    save_network(network, job.folder / component.folder, surgery=surgery, original_config=config)
+
+
+def _stored_dtype(folder: Path, cls: str) -> torch.dtype:
+    names = [fact.dtype for fact in read_headers(weight_files(folder, cls)).values()]
+    return _DTYPES.get(max(set(names), key=names.count), torch.float32)
+
+
+def component_named(state: Path, name: str, place: str) -> Component:
+    """Return a component of a state by its name or role.
+
+    Raises:
+        RecipeError: the pipeline has none of that name.
+    """
+    known = components_of(state)
+    for component in known:
+        if name in (component.name, component.role):
+            return component
+    msg = f"{place}.component: got '{name}', expected denoiser | {one_of(part.name for part in known)}."
+    raise RecipeError(msg)
+
+
+def seed_of(seed: int, index: int, purpose: str) -> int:
+    """Return a seed that differs for every stage and purpose and follows from the recipe's."""
+    return int(digest_of([seed, index, purpose])[:8], 16)
+
+
+def _facts_of(folder: Path, stage: StageSpec | None, facts: dict[str, Any]) -> dict[str, Any]:
+    sizes, counts = {}, {}
+    for component in components_of(folder):
+        files = weight_files(folder / component.folder, component.cls)
+        sizes[component.name] = sum(file.stat().st_size for file in files)
+        stored = present_names(component.cls, read_headers(files)).values()
+        counts[component.name] = sum(math.prod(fact.shape) for fact in stored)
+    return {
+        "stage": {stage.kind: stage.given} if stage is not None else None,
+        "parameters": counts,
+        "size_bytes": sizes,
+        "facts": facts,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"diffusion-exporter": __version__, **{name: version(name) for name in LIBRARIES}}

@@ -1,0 +1,58 @@
+"""What every tuning method gets and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from calibration.calling import Form
+from exporter.progress import Progress
+
+
+@dataclass(frozen=True)
+class TuneContext:
+    """What the run lends to a method.
+
+    Attributes:
+        seed: everything random follows from it.
+        progress: where long work reports to.
+        workdir: an own folder for data and checkpoints, kept between attempts and keyed by the stage.
+        prompts: the prompts of a named set or file.
+        steps: denoising steps of the recipe's sampling.
+        guidance: its guidance scale.
+        size: its image side in pixels.
+        form: how the dense pipeline is called.
+    """
+
+    seed: int
+    progress: Progress
+    workdir: Path
+    prompts: Callable[[str], list[str]]
+    steps: int
+    guidance: float
+    size: int
+    form: Form = Form()  # noqa: RUF009 - frozen
+
+
+class Tuner(Protocol):
+    """A tuning method.
+
+    Attributes:
+        options: frozen dataclass; its fields are the recipe's keys of the stage, `method` left out.
+    """
+
+    options: ClassVar[type[Any]]
+
+    def __init__(self, options: Any) -> None:
+        """Keep the options, an instance of the class attribute `options`."""
+
+    def tune(self, student: nn.Module, teacher: DiffusionPipeline, context: TuneContext) -> dict[str, Any]:
+        """Train the student's weights in place towards the teacher's denoiser; return facts as JSON values.
+
+        Facts are equal for equal runs, interrupted or not: no times, no paths.
+        """

@@ -1,0 +1,71 @@
+"""Checkpoints: one safetensors file that is replaced whole, so that a kill leaves the old or the new one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Attributes:
+        step: how many steps were done.
+        tensors: by name, on the CPU.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names start with ``prefix.``, without it."""
+        return {name[len(prefix) + 1 :]: value for name, value in self.tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], *, key: str, step: int = 0) -> None:
+    """Replace the file at `path`, synced, in one rename.
+
+    Args:
+        path: a safetensors file.
+        tensors: any device; stored as they are.
+        key: of everything that the tensors depend on; see `read`.
+        step: how many steps were done.
+    """
+    temporary = path.with_name(f".partial-{path.name}")
+    stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    save_file(stored, temporary, metadata={"key": key, "step": str(step)})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read(path: Path, *, key: str) -> Checkpoint | None:
+    """Return what is at `path`, or None where there is nothing that was made from the same `key`."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            facts = stored.metadata() or {}
+            if facts.get("key") != key:
+                return None
+            return Checkpoint(int(facts["step"]), {name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    except SafetensorError:
+        return None  # written by something else; making it again is always right
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 hex over names, types, shapes and bytes of tensors on any device."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

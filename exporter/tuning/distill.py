@@ -1,0 +1,93 @@
+"""Distillation from the dense state: the pruned denoiser learns to answer, and to see, as the dense one does.
+
+Source: output and feature distillation as in BK-SDM (arXiv 2305.15798). Departs: features are scaled by the teacher's,
+the loss on the data itself is off by default, data comes from the dense pipeline unless images are named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from calibration.calling import Form
+from exporter.errors import RecipeError, ToolMissing
+from exporter.networks.components import denoiser
+from exporter.tuning.base import TuneContext
+from exporter.tuning.data import Generation, LatentData, encoded, generated, noise_schedule
+from exporter.tuning.images import captioned_images
+from exporter.tuning.options import GENERATED, DistillOptions
+from exporter.tuning.training import Work, distill
+
+__all__ = ["Distill", "DistillOptions", "Work", "device_of", "distill"]
+
+
+class Distill:
+    """Trains the pruned denoiser to answer like the dense one, on latents the dense pipeline makes or on your images.
+
+    Args:
+        options: the recipe's keys.
+    """
+
+    options: ClassVar[type[DistillOptions]] = DistillOptions
+
+    def __init__(self, options: DistillOptions) -> None:
+        self._options = options
+
+    def tune(self, student: nn.Module, teacher: DiffusionPipeline, context: TuneContext) -> dict[str, Any]:
+        """Train the student's weights in place.
+
+        Args:
+            student: the denoiser of a state, float32; its shapes and structure stay.
+            teacher: the dense pipeline, with the scheduler of the recipe's sampling.
+            context: what the run lends.
+
+        Returns:
+            See `distill`, and ``data``: where the latents came from.
+
+        Raises:
+            RecipeError: no such images or prompts, or a scheduler that distillation has no noise for.
+            ToolMissing: the recipe asks for a GPU and there is none.
+            ComponentFailed: the loss is no longer a number.
+        """
+        _check_form(teacher, context.form)
+        device = device_of(self._options.device)
+        teacher.to(device)
+        data = self._data(teacher, context)
+        dense = getattr(teacher, denoiser(type(teacher).__name__).folder)
+        work = Work(context.workdir, context.progress, device, context.seed)
+        facts = distill(student, dense, data, self._options, work)
+        return {"data": self._options.data, **facts}
+
+    def _data(self, teacher: DiffusionPipeline, context: TuneContext) -> LatentData:
+        folder = context.workdir / "data"
+        plan = Generation(context.steps, context.guidance, context.size, context.seed, 32, context.form)
+        if self._options.data == GENERATED:
+            prompts = context.prompts(str(self._options.prompts))
+            count = self._options.samples
+            return generated(teacher, prompts, count, plan, folder=folder, progress=context.progress)
+        images = captioned_images(Path(self._options.data))
+        return encoded(teacher, images, replace(plan, batch=8), folder=folder, progress=context.progress)
+
+
+def _check_form(teacher: DiffusionPipeline, form: Form) -> None:
+    """Refuse, before any work, a family whose noise or latents distillation cannot make."""
+    noise_schedule(teacher.scheduler.config)
+    if form.asked == "class_labels":
+        got = f"tune.method: distill makes its data from texts; got {type(teacher).__name__}, which draws classes."
+        raise RecipeError(f"{got} Remove the stage.")
+
+
+def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device of this name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ToolMissing: ``cuda`` without a GPU that torch can use.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ToolMissing("tune.device: got 'cuda', but torch finds no GPU; expected one. Write device: auto, or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,81 @@
+"""What a recipe may say about distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from exporter.errors import RecipeError
+
+GENERATED = "generated"
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Recipe keys of ``tune: {method: distill}``.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: noised latents per forward pass.
+        accumulate: forward passes per step, for batches larger than memory allows.
+        learning_rate: the highest, after a linear warm-up over the first twentieth; then a cosine down to 0.
+        weight_decay: of AdamW.
+        output_weight: weight of the mean squared error to the teacher's answer.
+        feature_weight: weight of the relative error to what the teacher's stages answer.
+        task_weight: weight of the mean squared error to what the data itself says (noise or velocity).
+        ema: decay of the averaged weights that end in the student.
+        prompt_dropout: share of prompts replaced by the empty one.
+        clip_norm: limit of the gradient's norm.
+        data: ``generated``, or a folder of images with captions.
+        prompts: for ``generated``: a named set or file of prompts.
+        samples: for ``generated``: how many latents.
+        checkpoint_every: steps between two checkpoints.
+        precision: of the forward pass; weights stay float32.
+        device: ``auto`` takes a GPU if there is one.
+    """
+
+    steps: int
+    batch: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-2
+    output_weight: float = 1.0
+    feature_weight: float = 0.1
+    task_weight: float = 0.0
+    ema: float = 0.99
+    prompt_dropout: float = 0.1
+    clip_norm: float = 1.0
+    data: str = GENERATED
+    prompts: str | None = None
+    samples: int = 128
+    checkpoint_every: int = 100
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say.
+
+        Raises:
+            RecipeError: a value out of range, naming the key and the fix.
+        """
+        for key in ("steps", "batch", "accumulate", "samples", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                got = f"tune.{key}: got {getattr(self, key)}, expected a whole number of at least 1."
+                raise RecipeError(f"{got} Write 1 or more.")
+        for key in ("learning_rate", "clip_norm"):
+            if getattr(self, key) <= 0:
+                raise RecipeError(f"tune.{key}: got {getattr(self, key):g}, expected a number above 0. Write 0.0002.")
+        for key in ("ema", "prompt_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise RecipeError(f"tune.{key}: got {getattr(self, key):g}, expected a number in [0, 1). Write 0.1.")
+        weights = (self.output_weight, self.feature_weight, self.task_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            got = (
+                f"tune: got output_weight, feature_weight, task_weight of {weights}, expected none below 0, one above."
+            )
+            raise RecipeError(f"{got} Write output_weight: 1.")
+        if self.data == GENERATED and self.prompts is None:
+            got = "tune.prompts: missing; expected a set or file of prompts, which data: generated needs."
+            raise RecipeError(
+                f"{got} Write prompts: FILE (one a line) or a built-in set, or name a folder of images as data."
+            )

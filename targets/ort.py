@@ -1,0 +1,349 @@
+"""ONNX Runtime on the CPU: the ONNX file is the engine, optimised when it is opened."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from targets.base import (
+    Array,
+    Capabilities,
+    Evidence,
+    Layer,
+    Session,
+    TargetError,
+    TensorSpec,
+    check_feeds,
+    check_threads,
+    installed_version,
+    place_file,
+    require,
+)
+from targets.ort_format import MODEL_FILE, write_ort
+from targets.selfcontained import write_self_contained
+
+_INSTALL = "pip install 'diffusion-exporter'"
+_PLACE = "target onnxruntime"
+_PROVIDER = "CPUExecutionProvider"
+_LEVELS = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_DTYPES = {
+    "float": "float32",
+    "float16": "float16",
+    "double": "float64",
+    "int64": "int64",
+    "int32": "int32",
+    "int8": "int8",
+    "uint8": "uint8",
+    "bool": "bool",
+}
+_PRECISIONS = {
+    "float": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "double": "f64",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "bool",
+}
+_CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+_KERNEL_TIME = "_kernel_time"
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """Options of the target ``onnxruntime``.
+
+    Attributes:
+        threads: threads inside one operator; None leaves it to the runtime, which takes one per core.
+        precision: of floating-point layers. The CPU provider computes in ``f32`` only; the others are refused.
+        optimization: how far the runtime rewrites the graph when it opens it.
+        weights: ``linked`` leaves them in the state's own file, which other folders share; ``own`` copies them, in f32
+            and transposed as their products read them, for tools that refuse a file with several links.
+        format: ``onnx``, or ``ort`` for a reduced build of the runtime on a phone: ``model.ort``, optimised here, with
+            the weights in it, and the list of operators that such a build needs.
+    """
+
+    threads: int | None = None
+    precision: Literal["f32", "bf16", "f16"] = "f32"
+    optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    weights: Literal["linked", "own"] = "linked"
+    format: Literal["onnx", "ort"] = "onnx"
+
+    @property
+    def engine_file(self) -> str:
+        """Name of the file that is opened."""
+        return MODEL_FILE if self.format == "ort" else OnnxRuntime.engine_file
+
+
+class OnnxRuntime:
+    """Runs ONNX files on the CPU provider."""
+
+    type = "onnxruntime"
+    options = OrtOptions
+    engine_file = "model.onnx"
+
+    def capabilities(self) -> Capabilities:
+        """Say what this machine can do."""
+        version = installed_version("onnxruntime")
+        if version is None:
+            reason = "'onnxruntime' is not installed."
+            return Capabilities(False, False, None, "", (), _INSTALL, reason)
+        return Capabilities(True, True, version, _processor(), ("f32",), _INSTALL)
+
+    def check(self, options: OrtOptions) -> None:
+        """Raise TargetMissing or TargetError when these options cannot be honoured on this machine."""
+        check_threads(options.threads, _PLACE)
+        if options.optimization not in _LEVELS:
+            expected = ", ".join(_LEVELS)
+            raise TargetError(f"{_PLACE}: optimization: got {options.optimization!r}, expected one of {expected}.")
+        if options.weights not in ("linked", "own"):
+            raise TargetError(f"{_PLACE}: weights: got {options.weights!r}, expected linked or own.")
+        if options.format not in ("onnx", "ort"):
+            raise TargetError(f"{_PLACE}: format: got {options.format!r}, expected onnx or ort.")
+        if options.precision != "f32":
+            raise TargetError(
+                f"{_PLACE}: precision: got {options.precision!r}, expected 'f32'. The CPU provider would convert "
+                f"{options.precision} layers back to f32 and be slower. Write precision: f32, or use target openvino."
+            )
+        _library()
+
+    def compile(self, source: Path, out: Path, options: OrtOptions) -> None:
+        """Link or copy the ONNX file and its external data into `out` and prove that the runtime takes them.
+
+        Raises:
+            TargetMissing: onnxruntime is not installed.
+            TargetError: the options are refused, or the file is damaged or has an operator that the runtime lacks.
+        """
+        self.check(options)
+        beside = _external_files(source)
+        if options.format == "ort":
+            tools = require("onnxruntime.tools.ort_format_model", _PLACE, _INSTALL)
+            write_ort(source, out, partial(_save_ort, source, options), tools)
+        elif beside and options.weights == "own":
+            write_self_contained(source, out)
+        else:
+            for name in (source.name, *beside):
+                place_file(source.parent / name, out / (self.engine_file if name == source.name else name))
+        self.open(out, options).close()
+
+    def open(self, engine: Path, options: OrtOptions) -> Session:
+        """Load an engine folder."""
+        self.check(options)
+        return _OrtSession(engine / options.engine_file, options)
+
+
+class _OrtSession:
+    """A loaded ONNX file. Calls from several threads may run at the same time."""
+
+    def __init__(self, path: Path, options: OrtOptions) -> None:
+        self._path, self._settings = path, options
+        self._session: Any = _session(path, options)
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+        self._shapes = {spec.name: spec.shape for spec in self.inputs}
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        if self._session is None:
+            raise TargetError(f"{_PLACE}: {self._path}: the session is closed. Open the engine again.")
+        check_feeds(self.inputs, feeds, _PLACE)
+        self._shapes = {name: array.shape for name, array in feeds.items()}
+        try:
+            found = self._session.run(self._names, dict(feeds))
+        except _errors() as error:
+            raise TargetError(f"{_PLACE}: {self._path}: failed while running: {error}") from error
+        return dict(zip(self._names, found, strict=True))
+
+    def evidence(self) -> Evidence:
+        """Run once on zeros with the profiler on and return what was executed, where and in which types."""
+        shapes = dict(self._shapes)
+        unknown = sorted(name for name, shape in shapes.items() if -1 in shape)
+        notes = ["layers, types and placement: from the profile of one run on zeros"]
+        with tempfile.TemporaryDirectory(prefix="exporter-evidence-") as folder:
+            if unknown:
+                notes = [f"not run, since {', '.join(unknown)} has dynamic axes and no call said their size: no types"]
+                layers = (
+                    () if self._settings.format == "ort" else tuple(_planned(self._path, self._settings, Path(folder)))
+                )
+            else:
+                feeds = {spec.name: np.zeros(shapes[spec.name], dtype=np.dtype(spec.dtype)) for spec in self.inputs}
+                layers = tuple(_executed(self._path, self._settings, Path(folder), feeds))
+        return Evidence(
+            runtime=f"onnxruntime {_library().__version__}",
+            device=_processor(),
+            requested_precision=self._settings.precision,
+            layers=layers,
+            notes=tuple(notes),
+        )
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def _library() -> Any:
+    return require("onnxruntime", _PLACE, _INSTALL)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what the runtime raises; its classes have no common base of their own."""
+    state = _library().capi.onnxruntime_pybind11_state
+    names = (
+        "EPFail",
+        "EngineError",
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoModel",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    return (RuntimeError, ValueError, *(getattr(state, name) for name in names))
+
+
+def _save_ort(source: Path, options: OrtOptions, path: Path, left_out: str) -> None:
+    """Optimise an ONNX file as far as the options say, one optimiser left out, and write it in the runtime's format."""
+    settings = _library().SessionOptions()
+    settings.optimized_model_filepath = str(path)
+    settings.add_session_config_entry("session.save_model_format", "ORT")
+    _session(source, options, settings, (left_out,))
+
+
+def _session(path: Path, options: OrtOptions, settings: Any = None, left_out: tuple[str, ...] = ()) -> Any:
+    library = _library()
+    settings = settings or library.SessionOptions()
+    settings.log_severity_level = _ERRORS_ONLY
+    settings.graph_optimization_level = getattr(library.GraphOptimizationLevel, _LEVELS[options.optimization])
+    settings.intra_op_num_threads = options.threads or 0
+    settings.inter_op_num_threads = 1
+    # Threads that go on spinning after a call slow down whatever runs next: another component, or the engine that this
+    # one is timed against (measured: a U-Net pruned to 0.83 of dense read 1.28).
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return library.InferenceSession(
+            str(path), settings, providers=[_PROVIDER], disabled_optimizers=list(left_out) or None
+        )
+    except _errors() as error:
+        raise TargetError(
+            f"{_PLACE}: {path}: not an ONNX model that the runtime takes; got: {str(error).strip()} Export it again."
+        ) from error
+
+
+def _spec(value: Any) -> TensorSpec:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    if kind not in _DTYPES:
+        raise TargetError(
+            f"{_PLACE}: '{value.name}': a type that numpy has not; got {value.type}, expected one of "
+            f"{', '.join(_DTYPES)}. Export with 32-bit inputs and outputs."
+        )
+    return TensorSpec(value.name, _DTYPES[kind], tuple(d if isinstance(d, int) else -1 for d in value.shape))
+
+
+def _external_files(source: Path) -> list[str]:
+    """Return the names of the files beside `source` that hold its large tensors."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no stubs
+
+    try:
+        model = onnx.load(str(source), load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise TargetError(f"{_PLACE}: {source}: not an ONNX file; got: {error}. Export it again.") from error
+    found = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for name in sorted(found):
+        if Path(name).name != name or name in (".", ".."):
+            raise TargetError(
+                f"{_PLACE}: {source}: external data outside its folder; got {name!r}, expected a plain file name. "
+                "Export it again; do not use files from elsewhere unread."
+            )
+        if not (source.parent / name).is_file():
+            raise TargetError(f"{_PLACE}: {source}: its external data is missing; expected {name!r} beside it.")
+    return sorted(found)
+
+
+def _optimised_nodes(path: Path) -> dict[str, Any]:
+    import onnx
+
+    return {node.name: node for node in onnx.load(str(path), load_external_data=False).graph.node}
+
+
+def _recording_settings(folder: Path) -> Any:
+    """Return session options that write the optimised graph into `folder`, weights beside it."""
+    settings = _library().SessionOptions()
+    settings.optimized_model_filepath = str(folder / "optimised.onnx")
+    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    return settings
+
+
+def _planned(path: Path, options: OrtOptions, folder: Path) -> Iterator[Layer]:
+    _session(path, options, _recording_settings(folder))
+    for node in _optimised_nodes(folder / "optimised.onnx").values():
+        yield Layer(node.name, node.op_type, "unknown", _kernel(node), _PROVIDER)
+
+
+def _executed(path: Path, options: OrtOptions, folder: Path, feeds: Mapping[str, Array]) -> Iterator[Layer]:
+    # A graph in the runtime's own format is as optimised as it will be and is not written as ONNX: no kernels to read.
+    written = options.format == "onnx"
+    settings = _recording_settings(folder) if written else _library().SessionOptions()
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(folder / "profile")
+    session = _session(path, options, settings)
+    try:
+        session.run(None, dict(feeds))
+    except _errors() as error:
+        raise TargetError(f"{_PLACE}: {path}: failed on zeros: {error}") from error
+    profile = Path(session.end_profiling())
+    nodes = _optimised_nodes(folder / "optimised.onnx") if written else {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        arguments = event.get("args", {})
+        if event.get("cat") != "Node" or "provider" not in arguments:
+            continue
+        name = event["name"].removesuffix(_KERNEL_TIME)
+        kernel = _kernel(nodes[name]) if name in nodes else ""
+        yield Layer(name, arguments["op_name"], _precision(arguments), kernel, arguments["provider"])
+
+
+def _kernel(node: Any) -> str:
+    """Return the operator with its domain: ``com.microsoft`` marks the runtime's own fused kernels."""
+    return f"{node.domain or 'ai.onnx'}.{node.op_type}"
+
+
+def _precision(arguments: Mapping[str, Any]) -> str:
+    """Return the type a kernel works in: an integer kernel is one that reads 8-bit values, converters apart."""
+    reads = [kind for entry in arguments.get("input_type_shape", []) for kind in entry]
+    writes = [kind for entry in arguments.get("output_type_shape", []) for kind in entry]
+    narrow = [kind for kind in reads if kind in ("int8", "uint8")]
+    if narrow and arguments["op_name"] not in _CONVERTERS:
+        return _PRECISIONS[narrow[0]]
+    kind = next(iter(writes or reads), "unknown")
+    return _PRECISIONS.get(kind, kind)
+
+
+def _processor() -> str:
+    """Return the processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

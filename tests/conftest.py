@@ -1,0 +1,165 @@
+"""What every test gets: no network, no home of the user's, one thread, repeatable property tests, a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+_MACHINE = MappingProxyType(dict(os.environ))
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+_homes: dict[pytest.Config, tempfile.TemporaryDirectory[str]] = {}
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,  # a red test is red again on the next machine
+    deadline=None,
+    database=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point every cache into a fresh folder; libraries read these once, when they are imported."""
+    home = _homes[config] = tempfile.TemporaryDirectory(prefix="exporter-tests-", ignore_cleanup_errors=True)
+    os.environ.update(_OFFLINE)
+    os.environ.update(HOME=home.name, XDG_CACHE_HOME=f"{home.name}/cache", XDG_CONFIG_HOME=f"{home.name}/config")
+    for name in ("HF_HOME", "HF_TOKEN", "HF_HUB_CACHE", "TORCH_HOME", "MPLCONFIGDIR", "XDG_DATA_HOME", "NO_COLOR"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove that folder and give the process its own environment back."""
+    os.environ.clear()
+    os.environ.update(_MACHINE)
+    _homes.pop(config).cleanup()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def machine_environment() -> dict[str, str]:
+    """The environment the tests were started in, for the few that must use the machine as it is (pip)."""
+    return {name: value for name, value in _MACHINE.items() if not name.startswith(("COVERAGE_", "COV_", "PYTEST_"))}
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline folder with random weights, the same ones every time. Read only: copy it to change it.
+
+    U-Net of two levels (32, 64 channels), 8x8 latents of 4 channels; VAE with 8x down-sampling, so 64x64 images;
+    CLIP text encoder of width 32 and 32 tokens; byte-level tokenizer of 514 tokens; DPM-Solver++.
+    """
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("tiny-pipeline")
+    tokenizer = _byte_tokenizer(folder / "vocabulary")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = StableDiffusionPipeline(
+            vae=_tiny_vae(),
+            text_encoder=_tiny_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=_tiny_unet(),
+            scheduler=DPMSolverMultistepScheduler(
+                algorithm_type="dpmsolver++", beta_schedule="scaled_linear", steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
+def _tiny_vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+
+def _tiny_unet() -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        norm_num_groups=8,
+        attention_head_dim=8,  # in this class the number of heads
+        cross_attention_dim=32,
+    )
+
+
+def _tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            projection_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _byte_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Return a CLIPTokenizer without merges: every byte is a token, with and without the end of a word."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder.mkdir()
+    letters = list(bytes_to_unicode().values())
+    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({name: index for index, name in enumerate(names)}), encoding="utf-8")
+    merges.write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=32)

@@ -1,0 +1,89 @@
+"""For every family: its tiny pipeline, and a run that prunes it, on two runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_families import PROMPTS, PRUNE, SAMPLING, write_pipeline
+
+from exporter.recipe import Recipe
+from exporter.report.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run of one family.
+
+    Attributes:
+        family: its pipeline class.
+        source: folder of the tiny pipeline.
+        out: folder of the run.
+        record: what it found.
+    """
+
+    family: str
+    source: Path
+    out: Path
+    record: RunRecord
+
+
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from family to the folder of its tiny pipeline. Read only: copy it to change it."""
+    found: dict[str, Path] = {}
+
+    def source(family: str) -> Path:
+        if family not in found:
+            found[family] = write_pipeline(family, tmp_path_factory.mktemp(family))
+        return found[family]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def recipe_of(source_of: Callable[[str], Path]) -> Callable[..., Recipe]:
+    """Return a function from family to a recipe on its tiny pipeline; keyword arguments change the sampling."""
+
+    def recipe(family: str, **sampling: Any) -> Recipe:
+        source = source_of(family)
+        prompts = source.parent / "prompts.txt"
+        prompts.write_text(PROMPTS.get(family, "a cat\na dog\n"))
+        return Recipe.model_validate(
+            {
+                "name": "tiny",
+                "source": {"path": str(source)},
+                "sampling": {"steps": 2, "batch": 2, **SAMPLING.get(family, {"guidance": 3}), **sampling},
+                "stages": [{"prune": PRUNE}],
+                "targets": {
+                    "ort": {"type": "onnxruntime", "threads": 1},
+                    "ov": {"type": "openvino", "threads": 1},
+                },
+                "measure": {"prompts": str(prompts), "images": 2, "calls": 2, "latency_seconds": 0.05},
+            }
+        )
+
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def finished_of(
+    recipe_of: Callable[..., Recipe], source_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Finished]:
+    """Return a function from family to its finished run, made once. Read only."""
+    from exporter.progress import Silent
+    from exporter.run import run_recipe
+
+    found: dict[str, Finished] = {}
+
+    def finished(family: str) -> Finished:
+        if family not in found:
+            out = tmp_path_factory.mktemp(f"{family}-run") / "out"
+            record = run_recipe(recipe_of(family), out, progress=Silent())
+            found[family] = Finished(family, source_of(family), out, record)
+        return found[family]
+
+    return finished

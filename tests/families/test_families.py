@@ -1,0 +1,234 @@
+"""Every family the whole way: source, surgery, engines on two runtimes, measurements; held to diffusers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny_families import MAKERS, PROMPTS, PRUNE
+
+import exporter
+from exporter.errors import RecipeError, SourceError
+from exporter.lowering.export import ExportOptions, export_component
+from exporter.lowering.parity import check_parity
+from exporter.lowering.wrappers import Sizes, example_feeds, signature
+from exporter.networks.components import FAMILIES, NETWORK_CLASSES, components, denoiser
+from exporter.networks.pipeline import load_pipeline
+from exporter.networks.probe import run_probe
+from exporter.networks.safety import CHECKER_CLASS
+from exporter.networks.source import check_source
+from exporter.networks.storage import load_network, save_network
+from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.weights import WEIGHT_STEMS
+from exporter.preflight import check_recipe
+from exporter.progress import Silent
+from exporter.pruners import pruner
+from exporter.pruners.base import Context
+from exporter.states import config_of, form_of
+from exporter.tuning.base import TuneContext
+from exporter.tuning.distill import Distill, DistillOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch.export's own
+
+FINISHED = Callable[[str], Any]
+each_family = pytest.mark.parametrize("family", list(MAKERS))
+
+
+def drawn(pipeline: Any, family: str) -> np.ndarray:
+    """Two images, called as a user of diffusers would call this very class."""
+    pipeline.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    arguments["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
+    if family in ("DDPMPipeline", "DDIMPipeline"):
+        return np.asarray(pipeline(batch_size=2, **arguments).images)
+    arguments["guidance_scale"] = 3.0
+    if family == "DiTPipeline":
+        labels = [207, pipeline.get_label_ids(["cat"])[0]]
+        return np.asarray(pipeline(class_labels=labels, **arguments).images)
+    if family == "PixArtAlphaPipeline":
+        arguments |= {"use_resolution_binning": False, "clean_caption": False}
+    return np.asarray(pipeline(["a cat", "a dog"], height=32, width=32, **arguments).images)
+
+
+def test_every_supported_family_has_a_tiny_pipeline_here() -> None:
+    assert {*MAKERS, "StableDiffusionPipeline"} == set(FAMILIES)
+    used = {part.cls for name in FAMILIES for part in components(name)}
+    assert used <= set(NETWORK_CLASSES) == set(WEIGHT_STEMS) - {CHECKER_CLASS}
+    assert set(PROMPTS) <= set(MAKERS)
+
+
+@pytest.mark.slow
+@each_family
+@pytest.mark.parametrize("target", ["ort", "ov"])
+def test_engines_draw_what_diffusers_draws(family: str, target: str, finished_of: FINISHED) -> None:
+    made = finished_of(family)
+    want = drawn(getattr(diffusers, family).from_pretrained(made.source), family)
+    got = drawn(exporter.load(made.out / "engines" / "0-dense" / target), family)
+    assert want.std() > 0.02
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+@pytest.mark.slow
+@each_family
+def test_a_run_measures_every_cell(family: str, finished_of: FINISHED) -> None:
+    record = finished_of(family).record
+    assert record.exit_code == 0
+    cells = {(cell.state, cell.target): cell for cell in record.cells}
+    assert set(cells) == {(state, target) for state in ("0-dense", "1-pruned") for target in ("ort", "ov")}
+    parts = {part.name for part in components(family)}
+    for (state, _), cell in cells.items():
+        assert cell.status == "ok", cell.error
+        lowered = {found.component: found.value for found in cell.measurements if found.name == "lowering.psnr_db"}
+        assert set(lowered) == parts
+        assert all(value is not None and value > 70 for value in lowered.values())
+        images = next(found for found in cell.measurements if found.name == "fidelity.image.psnr_db")
+        assert images.value is not None
+        assert (images.value > 60) == (state == "0-dense")
+        kept = {found.component: found.value for found in cell.measurements if found.name == "latency.median_ms"}
+        assert set(kept) >= parts
+
+
+@each_family
+@pytest.mark.parametrize("cut", ["channels", "blocks"])
+def test_a_pruned_denoiser_reloads_bit_equal_and_exports(
+    family: str, cut: str, source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    part = denoiser(family)
+    folder = source_of(family) / part.folder
+    network = load_network(folder, cls=part.cls)
+    before = Snapshot.of(network)
+    size = sum(parameter.numel() for parameter in network.parameters())
+    method = pruner("magnitude")
+    options = method.options(keep_ratio=PRUNE["keep_ratio"] if cut == "channels" else 0.6, round_to=4, cut=cut)
+    context = Context(torch.Generator(), Silent(), tmp_path, lambda: iter(()))
+    method(options).prune(network, context)
+    assert sum(parameter.numel() for parameter in network.parameters()) < size
+    save_network(network, tmp_path / "saved", surgery=diff(before, network), original_config=config_of(folder))
+    again = load_network(tmp_path / "saved", cls=part.cls)
+    first, second = run_probe(network), run_probe(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    side = 16 if part.cls == "UNet2DModel" else 8
+    export_component(part.name, again, tmp_path, ExportOptions(latent=side, tokens=8))
+    names = signature(again).inputs
+    inputs = example_feeds(again, Sizes(2, side, 8))
+    feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    found = check_parity(part.name, again, tmp_path / "model.onnx", [(0.0, feeds)])
+    assert found["psnr_db"] > 90
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling", "told"),
+    [
+        (
+            "LatentConsistencyModelPipeline",
+            {"scheduler": "ddim"},
+            "got 'ddim', expected source. Write scheduler: source",
+        ),
+        ("DDIMPipeline", {"scheduler": "euler"}, "got 'euler', expected source | ddim"),
+        ("DDPMPipeline", {"guidance": 4}, "DDPMPipeline has no guidance; got 4"),
+        ("DDPMPipeline", {"size": 32}, "images of its own size only; got 32, expected 16"),
+        ("StableDiffusion3Pipeline", {"scheduler": "euler"}, "got 'euler', expected source"),
+        ("StableDiffusion3Pipeline", {"size": 72}, "positions up to 64 pixels; got 72"),
+        ("FluxPipeline", {"size": 36}, "got 36, expected a multiple of 8, .* Write 32"),
+        ("StableDiffusionXLPipeline", {"size": 34}, "got 34, expected a multiple of 4, .* Write 32"),
+    ],
+)
+def test_a_sampling_that_the_family_cannot_do_is_refused(
+    family: str, sampling: dict[str, Any], told: str, recipe_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        check_recipe(recipe_of(family, **sampling), tmp_path / "out")
+
+
+def test_distilled_schedulers_and_classes_have_limits(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="distilled to at most 50 steps; got 51"):
+        check_recipe(recipe_of("LatentConsistencyModelPipeline", steps=51), tmp_path / "out")
+    recipe = recipe_of("DiTPipeline")
+    (tmp_path / "prompts.txt").write_text("207\na red circle\n")
+    measure = recipe.measure.model_copy(update={"prompts": str(tmp_path / "prompts.txt")})
+    with pytest.raises(RecipeError, match="DiTPipeline draws classes; got 'a red circle', expected a number from 0 to"):
+        check_recipe(recipe.model_copy(update={"measure": measure}), tmp_path / "out")
+
+
+def test_a_text_encoder_that_is_left_out_is_left_out(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = MAKERS["StableDiffusion3Pipeline"](tmp_path / "parts")
+    made.register_modules(text_encoder_3=None, tokenizer_3=None)
+    made.save_pretrained(tmp_path / "pipeline")
+    facts = check_source(tmp_path / "pipeline")
+    assert set(facts.components) == {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"}
+    ours = load_pipeline(tmp_path / "pipeline")
+    assert ours.text_encoder_3 is None
+    want = drawn(made, "StableDiffusion3Pipeline")
+    np.testing.assert_allclose(drawn(ours, "StableDiffusion3Pipeline"), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("FluxPipeline", "cannot add the noise of scheduler FlowMatchEulerDiscreteScheduler"),
+        ("DiTPipeline", "got DiTPipeline, which draws classes"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_any_work(
+    family: str, told: str, source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    teacher = load_pipeline(source_of(family))
+    context = TuneContext(0, Silent(), tmp_path, lambda _: ["207"], 2, 3.0, 32, form_of(source_of(family)))
+    with pytest.raises(RecipeError, match=told):
+        Distill(DistillOptions(steps=1, prompts="mine")).tune(teacher.transformer, teacher, context)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "family", ["StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "DDPMPipeline", "PixArtAlphaPipeline"]
+)
+def test_distillation_asks_the_denoiser_as_the_pipeline_does(
+    family: str, source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, part = source_of(family), denoiser(family)
+    teacher, student = load_pipeline(source), load_network(source / part.folder, cls=part.cls)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.05)
+    context = TuneContext(
+        0,
+        Silent(),
+        tmp_path,
+        lambda _: ["a cat", "a dog"],
+        2,
+        3.0,
+        16 if family == "DDPMPipeline" else 32,
+        form_of(source),
+    )
+    options = DistillOptions(steps=3, batch=2, samples=2, prompts="mine", ema=0.0, device="cpu")
+    found = Distill(options).tune(student, teacher, context)
+    assert 0 < found["error_after"] < found["error_before"]
+
+
+def test_a_source_scheduler_that_does_not_fit_the_family_is_refused(
+    source_of: Callable[[str], Path], recipe_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    index = source_of("LatentConsistencyModelPipeline") / "model_index.json"
+    text = index.read_text()
+    try:
+        index.write_text(text.replace("LCMScheduler", "PNDMScheduler"))
+        with pytest.raises(SourceError, match="scheduler: unsupported class; got 'PNDMScheduler', expected one of LCM"):
+            check_recipe(recipe_of("LatentConsistencyModelPipeline"), tmp_path / "out")
+    finally:
+        index.write_text(text)
+
+
+def test_a_component_that_the_family_does_not_have_is_refused(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = recipe_of("DDPMPipeline")
+    stage = recipe.stages[0].model_copy(update={"prune": {**PRUNE, "component": "text_encoder"}})
+    with pytest.raises(
+        RecipeError, match=r"stages\[0\].prune.component: got 'text_encoder', expected denoiser \| unet"
+    ):
+        check_recipe(recipe.model_copy(update={"stages": (stage,)}), tmp_path / "out")

@@ -1,0 +1,65 @@
+"""A tiny recipe, carried out once for all tests that only look at the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from exporter.cli import main
+from exporter.recipe import Recipe, read_recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+    """Return a function that makes a recipe on the tiny pipeline; keyword arguments replace top-level keys."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "prompts.txt").write_text("a cat\na dog\na hat\n")
+
+    def make(**changes: Any) -> Recipe:
+        recipe: dict[str, Any] = {
+            "name": "tiny",
+            "source": {"path": str(tiny_pipeline_folder)},
+            "sampling": {"steps": 3, "guidance": 3.0, "batch": 2},
+            "stages": [{"prune": {"method": "magnitude", "keep_ratio": 0.75, "round_to": 8}}],
+            "targets": {"ort": {"type": "onnxruntime", "threads": 1}},
+            "measure": {"prompts": str(folder / "prompts.txt"), "images": 3, "calls": 2, "latency_seconds": 0.2},
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
+        return read_recipe(folder / "recipe.yaml")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run. Read only: copy it to change it."""
+    from exporter.progress import Silent
+    from exporter.run import run_recipe
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    record = run_recipe(tiny_recipe(), out, progress=Silent())
+    assert record.exit_code == 0, [cell.error for cell in record.cells]
+    return out
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs the command and returns exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["exporter", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

@@ -1,0 +1,77 @@
+"""What preflight expects is held against what happened, and a run that would not fit does not start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from exporter.errors import RecipeError
+from exporter.forecast import Forecast, compare
+from exporter.preflight import check_recipe
+from exporter.report.writing import read_record
+
+
+def test_a_finished_run_records_what_it_took_beside_what_was_expected(finished: Path) -> None:
+    found = read_record(finished).forecast
+    assert set(found) == {"memory_mib", "disk_mib", "seconds"}
+    for facts in found.values():
+        assert facts["expected"] > 0
+        assert facts["got"] > 0
+        assert facts["ratio"] == pytest.approx(facts["got"] / facts["expected"], rel=0.02)
+
+
+def test_the_comparison_is_got_over_expected() -> None:
+    found = compare(Forecast(1000, 800, 100, 60), memory_mib=900.0, disk_mib=110.0, seconds=75.04)
+    assert found["memory_mib"] == {"expected": 1000.0, "got": 900.0, "ratio": 0.9}
+    assert found["seconds"] == {"expected": 60.0, "got": 75.0, "ratio": 1.251}
+
+
+def test_more_of_everything_is_expected_to_take_more(tiny_recipe: Any, tmp_path: Path) -> None:
+    small = check_recipe(tiny_recipe(), tmp_path / "out").expected
+    ort, ov = {"type": "onnxruntime"}, {"type": "openvino"}
+    wider = check_recipe(tiny_recipe(targets={"a": ort, "b": ov}), tmp_path / "out").expected
+    assert wider.disk_mib > small.disk_mib
+    assert wider.seconds > small.seconds
+    tune = {"tune": {"method": "distill", "steps": 100_000, "prompts": "shapes-train"}}
+    assert check_recipe(tiny_recipe(stages=[tune]), tmp_path / "out").expected.seconds > 2 * small.seconds
+
+
+@pytest.mark.parametrize(
+    ("stages", "fix"),
+    [
+        ([{"prune": {"method": "magnitude", "keep_ratio": 0.75}}], r"write sampling\.batch: 1, or cut more of unet"),
+        ([{"tune": {"method": "distill", "steps": 1, "prompts": "shapes-train"}}], "tune on a larger machine"),
+    ],
+)
+def test_a_machine_too_small_is_refused_before_any_work(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: Any, fix: str
+) -> None:
+    here = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: here._replace(available=200 << 20))
+    with pytest.raises(RecipeError, match=rf"memory: the run would not fit; got 200 MiB free, .*{fix}"):
+        check_recipe(tiny_recipe(stages=stages), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_operations_are_those_of_the_real_network(tiny_pipeline_folder: Path) -> None:
+    """Counted without weights as with them."""
+    from exporter.forecast import _network
+    from exporter.networks.components import components
+    from exporter.networks.source import check_source
+
+    facts = check_source(tiny_pipeline_folder)
+    part = next(item for item in components(facts.pipeline_class) if item.role == "denoiser")
+    found = _network(part, tiny_pipeline_folder, facts, 2, 8)
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_folder / "unet")
+    # The counter knows the products of plain attention, not the fused kernel that the CPU would take.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert found.weights == len(unet.state_dict())
