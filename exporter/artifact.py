@@ -242,7 +242,7 @@ def locked(out: Path) -> Iterator[None]:
             holder = stream.read().strip() or "unknown"
             msg = (
                 f"{out}: another run is writing into this folder; got process {holder}, expected none. "
-                "Wait for it, or work in another folder."
+                "Wait for it, or give another folder with --out."
             )
             raise ArtifactError(msg) from error
         stream.truncate(0)
