@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,6 @@ def measure_cell(
         close_sessions(sessions)
     with _clock(seconds, "footprint"):
         found += _footprint(engine.path, facts, place, fed)
-    if place.state == DENSE:
-        bench.engines[place.target] = engine.path
     return CellRecord(
         state=place.state,
         target=place.target,
@@ -163,13 +162,9 @@ def _latency(
 ) -> list[Measurement]:
     """Time every component on a recorded call; against the dense engine of the same target, pair by pair."""
     known = components_of(state.path)
-    mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
-    timer = Timer(
-        budget_s=bench.recipe.measure.latency_seconds,
-        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=mode),
-    )
-    dense_folder = bench.engines.get(place.target)
-    dense = {} if dense_folder is None else open_sessions(dense_folder, facts)
+    timer = _timer(facts, bench, {"batch": bench.sampling["batch"], "target": facts.target, **facts.options})
+    paired = None if place.state == DENSE else bench.engines.get(place.target)
+    dense = {} if paired is None else open_sessions(paired.path, facts)
     found = []
     try:
         with task(bench.progress, f"Latency {place.state} on {place.target}", len(known)) as told:
@@ -198,10 +193,7 @@ def _shapes(
     assert bench.recipe.shapes is not None
     points = points_of(bench.recipe.shapes, bench.sampling["size"])
     own = bench.sampling | {"batch": min(bench.sampling["batch"], bench.recording.count)}
-    timer = Timer(
-        budget_s=bench.recipe.measure.latency_seconds,
-        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=dict(facts.options)),
-    )
+    timer = _timer(facts, bench, dict(facts.options))
     found = []
     known = components_of(state.path)
     with task(bench.progress, f"Shapes {place.state} on {place.target}", len(known)) as told:
@@ -217,6 +209,12 @@ def _shapes(
                     other.close()
             told.advance()
     return found
+
+
+def _timer(facts: EngineFacts, bench: Bench, settings: dict[str, Any]) -> Timer:
+    """Return what times calls of an engine; `settings` must be equal for two latencies to be compared."""
+    mode = partial(Mode.read, threads=facts.options.get("threads"), settings=settings)
+    return Timer(budget_s=bench.recipe.measure.latency_seconds, mode=mode)
 
 
 def _timed_feeds(component: Component, session: Session, state: Path, bench: Bench) -> dict[str, Array]:

@@ -12,6 +12,7 @@ from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, reusable, write_artifact
 from exporter.lowering.export import ExportOptions
+from exporter.memo import FileMemo
 from exporter.networks.pipeline import load_pipeline
 from exporter.progress import Progress
 from exporter.prompts import prompt_set
@@ -43,7 +44,7 @@ def export_options(recipe: Recipe, dense: Path) -> ExportOptions:
     )
 
 
-def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progress, *, verify: bool) -> Recording:
+def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progress, memo: FileMemo) -> Recording:
     """Record the dense pipeline on the recipe's prompts, or find it done.
 
     Raises:
@@ -55,7 +56,7 @@ def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progre
     part = {"prompts": chosen.digest, "seed": recipe.measure.seed, "sampling": sampling}
     key = digest_of(["recording", LAYOUT, __version__, dense.digest, part])
     final = out / "recordings" / f"dense-{key[:16]}"
-    found = reusable(final, key, verify=verify)
+    found = reusable(final, key, memo)
 
     def build(folder: Path) -> Mapping[str, Any]:
         pipeline = load_pipeline(dense.path)
@@ -77,5 +78,5 @@ def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progre
         return {"digest": made.digest, **part}
 
     if found is None:
-        write_artifact(final, build, kind="recording", key=key, parent=dense.digest)
+        write_artifact(final, build, kind="recording", key=key, parent=dense.digest, memo=memo)
     return Recording.open(final / _DATA, verify=False)

@@ -30,8 +30,8 @@ def make(folder: Path, key: str = "k1") -> Path:
 
 
 def test_equal_content_has_an_equal_digest_whatever_the_time(tmp_path: Path) -> None:
-    first = open_artifact(make(tmp_path / "a" / "0-dense"), verify=True)
-    second = open_artifact(make(tmp_path / "b" / "0-dense"), verify=True)
+    first = open_artifact(make(tmp_path / "a" / "0-dense"))
+    second = open_artifact(make(tmp_path / "b" / "0-dense"))
     assert first.digest == second.digest
     assert first.part_digest("unet") == second.part_digest("unet")
 
@@ -44,10 +44,10 @@ def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
     for position in range(0, len(good), max(1, len(good) // 23)):
         file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         with pytest.raises(ArtifactError):
-            open_artifact(folder, verify=True)
-        assert reusable(folder, "k1", verify=True) is None
+            open_artifact(folder)
+        assert reusable(folder, "k1") is None
     file.write_bytes(good)
-    assert open_artifact(folder, verify=True).manifest.facts == {"parameters": 3}
+    assert open_artifact(folder).manifest.facts == {"parameters": 3}
 
 
 def test_a_truncated_missing_or_added_file_is_found_without_hashing(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_path_that_leaves_the_artifact_is_refused(tmp_path: Path, path: str) -
     (tmp_path / "secret").write_text("x")
     rewrite(folder, files={path: {"sha256": "0" * 64, "size": 1}})
     with pytest.raises(ArtifactError):
-        open_artifact(folder, verify=True)
+        open_artifact(folder)
 
 
 def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     (folder / "index.json").unlink()
     (folder / "index.json").symlink_to(tmp_path / "outside")
     with pytest.raises(ArtifactError, match="symbolic link"):
-        open_artifact(folder, verify=True)
+        open_artifact(folder)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"schema_version": 99}', "[" * 100_000, "\x00\xff"])
@@ -109,17 +109,17 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     folder = make(tmp_path / "0-dense")
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError):
-        open_artifact(folder, verify=True)
+        open_artifact(folder)
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="got 'state', expected 'engine'"):
-        open_artifact(make(tmp_path / "x"), verify=True, kind="engine")
+        open_artifact(make(tmp_path / "x"), kind="engine")
 
 
 def test_a_failing_build_leaves_the_finished_artifact_and_no_rubbish(tmp_path: Path) -> None:
     folder = make(tmp_path / "0-dense")
-    before = open_artifact(folder, verify=True).digest
+    before = open_artifact(folder).digest
 
     def full(partial: Path) -> dict[str, object]:
         build(partial)
@@ -127,7 +127,7 @@ def test_a_failing_build_leaves_the_finished_artifact_and_no_rubbish(tmp_path: P
 
     with pytest.raises(ComponentFailed, match="No space left"):
         write_artifact(folder, full, kind="state", key="k2", parent=None)
-    assert open_artifact(folder, verify=True).digest == before
+    assert open_artifact(folder).digest == before
     assert sorted(item.name for item in tmp_path.iterdir() if not item.name.startswith(".stat-")) == ["0-dense"]
 
 
@@ -165,10 +165,10 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
 def test_leftovers_of_a_kill_are_cleared_and_a_half_done_swap_is_undone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     folder = make(out / "states" / "0-dense")
-    digest = open_artifact(folder, verify=True).digest
+    digest = open_artifact(folder).digest
     folder.rename(folder.parent / ".trash-0-dense-123")
     (out / "states" / ".partial-1-pruned-123").mkdir()
     shutil.copytree(out / "states" / ".trash-0-dense-123", out / "states" / ".partial-0-dense-9" / "x")
     with locked(out):
-        assert open_artifact(folder, verify=True).digest == digest
+        assert open_artifact(folder).digest == digest
         assert not [item for item in (out / "states").iterdir() if item.name.startswith((".partial", ".trash"))]
