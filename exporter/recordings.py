@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from calibration.index import LAYOUT
-from calibration.record import record
 from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, reusable, write_artifact
-from exporter.lowering.export import ExportOptions
+from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
-from exporter.networks.pipeline import load_pipeline
 from exporter.progress import Progress
 from exporter.prompts import prompt_set
 from exporter.recipe import Recipe
-from exporter.sampling import use_scheduler
 from exporter.states import family_of, form_of, image_size, is_guided_by_rows, vae_scale
 
 _DATA = "data"
@@ -59,6 +56,10 @@ def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progre
     found = reusable(final, key, memo)
 
     def build(folder: Path) -> Mapping[str, Any]:
+        from calibration.record import record  # diffusers takes seconds to import
+        from exporter.networks.pipeline import load_pipeline
+        from exporter.sampling import use_scheduler
+
         pipeline = load_pipeline(dense.path)
         use_scheduler(pipeline, sampling["scheduler"])
         pipeline.set_progress_bar_config(disable=True)

@@ -20,15 +20,11 @@ from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
 from exporter.errors import ComponentFailed, ToolMissing
-from exporter.lowering.export import ExportOptions, export_component
 from exporter.lowering.feeds import recorded_calls, spread
-from exporter.lowering.layout import write_layout
-from exporter.lowering.parity import compare_answers, torch_answers
-from exporter.lowering.stored import stored_weights
+from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
-from exporter.networks.storage import load_network, open_bare
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
 from targets.base import Target, TargetError, TargetMissing, engine_file_of
@@ -128,6 +124,8 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
         return found
 
     def build(folder: Path) -> Mapping[str, Any]:
+        from exporter.lowering.layout import write_layout  # diffusers takes seconds to import
+
         for name, artifact in compiled.items():
             link_tree(artifact.path, folder / name)
         engine_file = engine_file_of(column.target, column.options)
@@ -166,6 +164,11 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
     place = f"{component.name}, state {state.path.name}"
 
     def build(out: Path) -> Mapping[str, Any]:
+        from exporter.lowering.export import export_component  # seconds to import
+        from exporter.lowering.parity import compare_answers, torch_answers
+        from exporter.lowering.stored import stored_weights
+        from exporter.networks.storage import load_network, open_bare
+
         source, name = state.path / component.folder, component.name
         bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
         export_component(name, bare, out, options, weights=weights)

@@ -26,7 +26,6 @@ from exporter.networks.components import (
 from exporter.networks.loras import Lora, plan_fuse
 from exporter.networks.safety import SAFETY_PARTS, has_safety_checker, safety_files
 from exporter.networks.single_file import Stored, check_single_file
-from exporter.networks.storage import build_network
 from exporter.networks.weights import (
     check_finite_files,
     precision_of,
@@ -272,6 +271,8 @@ def check_source(folder: Path, choice: Choice | None = None, memo: FileMemo | No
 
 def shapes_of(folder: Path, parts: tuple[Component, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the tensors that the configs of a pipeline's networks ask for: component folder to name to shape."""
+    from exporter.networks.storage import build_network  # seconds to import
+
     networks = {part.folder: build_network(folder / part.folder, cls=part.cls) for part in parts}
     return {name: {key: tuple(t.shape) for key, t in net.state_dict().items()} for name, net in networks.items()}
 
@@ -299,6 +300,8 @@ def _from_weights(folder: Path, component: Component, variant: str | None, memo:
 
 def _from_config(folder: Path, component: Component, stored: Stored) -> _Weights:
     """Return what a network will be that a single checkpoint file holds."""
+    from exporter.networks.storage import build_network
+
     network = build_network(folder / component.folder, cls=component.cls)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _Weights([], parameters * stored.width, parameters, stored.precision)
