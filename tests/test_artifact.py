@@ -15,6 +15,7 @@ import pytest
 
 from exporter.artifact import MANIFEST, link_tree, locked, open_artifact, reusable, write_artifact
 from exporter.errors import ArtifactError, ComponentFailed
+from exporter.memo import FileMemo
 
 
 def build(folder: Path) -> dict[str, object]:
@@ -52,24 +53,29 @@ def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
 
 def test_a_truncated_missing_or_added_file_is_found_without_hashing(tmp_path: Path) -> None:
     folder = make(tmp_path / "0-dense")
+    memo = FileMemo()
+    open_artifact(folder, memo=memo)
+    hashed = list(memo.read)
     (folder / "stray").write_text("x")
     with pytest.raises(ArtifactError, match="not part of the artifact"):
-        open_artifact(folder, verify=False)
+        open_artifact(folder, memo=memo)
     (folder / "stray").unlink()
     os.truncate(folder / "unet" / "weights.bin", 100)
     with pytest.raises(ArtifactError, match="got 100 bytes, expected 10240"):
-        open_artifact(folder, verify=False)
+        open_artifact(folder, memo=memo)
     (folder / "unet" / "weights.bin").unlink()
     with pytest.raises(ArtifactError, match="missing"):
-        open_artifact(folder, verify=False)
+        open_artifact(folder, memo=memo)
+    assert memo.read == hashed
 
 
 def test_a_change_that_keeps_the_size_is_found_because_the_time_differs(tmp_path: Path) -> None:
     folder = make(tmp_path / "0-dense")
-    assert reusable(folder, "k1") is not None
+    memo = FileMemo()
+    assert reusable(folder, "k1", memo) is not None
     (folder / "index.json").write_text('{"a": 2}')
     with pytest.raises(ArtifactError, match="sha256"):
-        open_artifact(folder, verify=False)
+        open_artifact(folder, memo=memo)
 
 
 def rewrite(folder: Path, **changes: object) -> None:
@@ -128,7 +134,7 @@ def test_a_failing_build_leaves_the_finished_artifact_and_no_rubbish(tmp_path: P
     with pytest.raises(ComponentFailed, match="No space left"):
         write_artifact(folder, full, kind="state", key="k2", parent=None)
     assert open_artifact(folder).digest == before
-    assert sorted(item.name for item in tmp_path.iterdir() if not item.name.startswith(".stat-")) == ["0-dense"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["0-dense"]
 
 
 def test_replacing_swaps_only_when_complete(tmp_path: Path) -> None:
@@ -172,3 +178,25 @@ def test_leftovers_of_a_kill_are_cleared_and_a_half_done_swap_is_undone(tmp_path
     with locked(out):
         assert open_artifact(folder).digest == digest
         assert not [item for item in (out / "states").iterdir() if item.name.startswith((".partial", ".trash"))]
+
+
+def test_a_file_that_several_artifacts_link_is_hashed_once(tmp_path: Path) -> None:
+    memo = FileMemo()
+    first = write_artifact(tmp_path / "a", build, kind="state", key="1", parent=None, memo=memo)
+
+    def linked(folder: Path) -> dict[str, object]:
+        link_tree(first.path, folder)
+        return {}
+
+    for name in ("b", "c"):
+        made = write_artifact(
+            tmp_path / name, linked, kind="engine", key="2", parent=None, sources=[first.path], memo=memo
+        )
+        assert made.manifest.files == first.manifest.files
+    for name in "abc":
+        assert reusable(tmp_path / name, "2" if name != "a" else "1", memo) is not None
+    assert sorted(path.name for path in memo.read) == ["index.json", "weights.bin"]
+    write_artifact(tmp_path / "c", build, kind="engine", key="3", parent=None, memo=memo)  # takes links away
+    read = len(memo.read)
+    open_artifact(tmp_path / "b", memo=memo)
+    assert len(memo.read) == read
