@@ -124,7 +124,7 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
         until: see `exporter run --until`.
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
-        memo: what is known of the source's files.
+        memo: what is known of the source's files; by default what runs in `out` found out.
         resume: forecast nothing where the same run came to its end in `out`.
 
     Raises:
@@ -136,7 +136,7 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     source = open_source(_source_of(recipe), variant=recipe.source.variant)
     for index in range(len(recipe.stages)):
         stage_options(recipe, index)
-    memo = memo or FileMemo()
+    memo = memo or FileMemo.load(out)
     facts = check_source(source, _choice_of(recipe, memo), memo)
     _check_stages(recipe, facts, source)
     _check_shapes(recipe, facts, source)
