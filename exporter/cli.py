@@ -80,7 +80,12 @@ def run(  # noqa: PLR0913 - a command line's flags
     targets: Annotated[str | None, typer.Option(help="Only these targets of the recipe, comma-separated.")] = None,
     states: Annotated[str | None, typer.Option(help="Measure only these states, comma-separated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file of reused artifacts.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file of the source and of reused artifacts.")
+    ] = False,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Measure every cell, also those that nothing has changed for.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -100,7 +105,14 @@ def run(  # noqa: PLR0913 - a command line's flags
     from exporter.run import run_recipe
 
     record = run_recipe(
-        parsed, folder, verify=verify, progress=_progress(quiet), until=until, targets=only, states=measured
+        parsed,
+        folder,
+        verify=verify,
+        measure_again=measure_again,
+        progress=_progress(quiet),
+        until=until,
+        targets=only,
+        states=measured,
     )
     from exporter.report.text import render_text
     from exporter.report.writing import dump_record

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from exporter.lowering.export import ExportOptions
+from exporter.lowering.options import ExportOptions
 from exporter.lowering.wrappers import Sizes, example_feeds, wrap
 from exporter.metrics.size import own_peak_rss_mib
 from exporter.networks.components import Component

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 import targets
+from exporter import __version__
+from exporter.artifact import digest_of
 from exporter.errors import ExporterError, RecipeError, SourceError, ToolMissing
-from exporter.forecast import Forecast, forecast
 from exporter.lowering.engine import Column
+from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
 from exporter.metrics.size import size_bytes
 from exporter.networks.components import components, denoiser
@@ -26,8 +28,12 @@ from exporter.reference import SHAPES
 from exporter.sampling import check_prompts, check_sampling
 from exporter.states import config_of, image_size, vae_scale
 from exporter.transforms import stage_options
+from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
 from targets.base import TargetError, TargetMissing
+
+if TYPE_CHECKING:
+    from exporter.forecast import Forecast
 
 _UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
 
@@ -43,7 +49,8 @@ class Plan:
         problems: errors per target that is not usable; the run goes on without it and ends with their exit code.
         until: where each measured state stops: ``export``, ``compile`` or ``measure``.
         source: the source's folder; `facts` what was found there.
-        expected: memory, disk and time.
+        expected: memory, disk and time; None where a run was asked about that has left everything already.
+        key: digest of all that decides what a run leaves.
         notes: what a user should know.
     """
 
@@ -54,7 +61,8 @@ class Plan:
     until: str
     source: Path
     facts: SourceFacts
-    expected: Forecast
+    expected: Forecast | None
+    key: str
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -65,25 +73,32 @@ class Plan:
             "targets": {column.name: asdict(column.options) for column in self.columns},
             "problems": {name: str(error) for name, error in self.problems.items()},
             "until": self.until,
-            **asdict(self.expected),
+            **(asdict(self.expected) if self.expected else {}),
             "notes": list(self.notes),
         }
 
     def text(self) -> str:
         """Return the plan for people."""
         columns = ", ".join(f"{column.name} ({column.target.type})" for column in self.columns)
-        free = psutil.virtual_memory().available >> 20
         lines = [
             f"Source    {self.facts.pipeline_class}, {sum(self.facts.parameters.values()) / 1e6:.1f} M parameters",
             f"States    {' -> '.join(self.states)}; measured: {', '.join(self.measured)}",
             f"Targets   {columns or 'none usable'}",
-            f"Memory    about {self.expected.memory_mib} MiB at the peak; {free} MiB are free",
-            f"Disk      about {self.expected.disk_mib} MiB",
-            f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
+            *self._expected_lines(),
             *(f"Note      {note}" for note in self.notes),
             *(f"Problem   {error}" for error in self.problems.values()),
         ]
         return "\n".join(lines)
+
+    def _expected_lines(self) -> list[str]:
+        if self.expected is None:
+            return ["Forecast  none: everything is there"]
+        free = psutil.virtual_memory().available >> 20
+        return [
+            f"Memory    about {self.expected.memory_mib} MiB at the peak; {free} MiB are free",
+            f"Disk      about {self.expected.disk_mib} MiB",
+            f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
+        ]
 
     def raise_problems(self) -> None:
         """Raise the first problem, when there is one."""
@@ -91,13 +106,15 @@ class Plan:
             raise error
 
 
-def check_recipe(
+def check_recipe(  # noqa: PLR0913 - the command's flags
     recipe: Recipe,
     out: Path,
     *,
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
+    memo: FileMemo | None = None,
+    resume: bool = False,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -107,6 +124,8 @@ def check_recipe(
         until: see `exporter run --until`.
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
+        memo: what is known of the source's files; by default what runs in `out` found out.
+        resume: forecast nothing where the same run came to its end in `out`.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
@@ -117,7 +136,8 @@ def check_recipe(
     source = open_source(_source_of(recipe), variant=recipe.source.variant)
     for index in range(len(recipe.stages)):
         stage_options(recipe, index)
-    facts = check_source(source, _choice_of(recipe))
+    memo = memo or FileMemo.load(out)
+    facts = check_source(source, _choice_of(recipe, memo), memo)
     _check_stages(recipe, facts, source)
     _check_shapes(recipe, facts, source)
     prompts = prompt_set(recipe.measure.prompts)
@@ -130,11 +150,22 @@ def check_recipe(
     check_prompts(prompts.prompts[: recipe.measure.images], source)
     columns, problems = _columns(recipe, targets)
     parse_gates(recipe)
-    latent = image_size(recipe.sampling.size, source) // vae_scale(source)
-    types = [column.target.type for column in columns]
-    expected = forecast(recipe, facts, source, latent=latent, states=len(made), measured=len(measured), columns=types)
-    _room(out, expected, recipe, max(facts.parameters, key=lambda name: facts.parameters[name]))
-    return Plan(made, measured, columns, problems, last, source, facts, expected, facts.notes)
+    key = digest_of([__version__, recipe.model_dump(mode="json"), facts.digest, last, made, measured, targets])
+    plan = Plan(made, measured, columns, problems, last, source, facts, None, key, facts.notes)
+    return plan if resume and is_finished(out, key) else _forecast(plan, recipe, out)
+
+
+def _forecast(plan: Plan, recipe: Recipe, out: Path) -> Plan:
+    """Return the plan with what it will take; a run that would not fit is refused."""
+    from exporter.forecast import forecast  # seconds to import and to compute
+
+    latent = image_size(recipe.sampling.size, plan.source) // vae_scale(plan.source)
+    types = [column.target.type for column in plan.columns]
+    counts = {"states": len(plan.states), "measured": len(plan.measured)}
+    expected = forecast(recipe, plan.facts, plan.source, latent=latent, columns=types, **counts)
+    sizes = plan.facts.parameters
+    _room(out, expected, recipe, max(sizes, key=lambda name: sizes[name]))
+    return replace(plan, expected=expected)
 
 
 def _extent(recipe: Recipe, until: str | None) -> tuple[tuple[str, ...], str]:
@@ -238,12 +269,14 @@ def _config_of(path: str, config: str | None) -> Path:
     return Path(config).expanduser()
 
 
-def _choice_of(recipe: Recipe) -> Choice:
+def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
     given = recipe.source
     return Choice(
         variant=given.variant,
         safety_checker=given.safety_checker == "keep",
-        loras=tuple(find_lora(lora.path, lora.weight, f"source.loras[{i}]") for i, lora in enumerate(given.loras)),
+        loras=tuple(
+            find_lora(lora.path, lora.weight, f"source.loras[{i}]", memo) for i, lora in enumerate(given.loras)
+        ),
         single_file=Path(given.path or "").expanduser() if _is_single_file(recipe) else None,
     )
 
