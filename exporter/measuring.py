@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
-from exporter.lowering.wrappers import MAIN_OUTPUTS, signature, wrap
+from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
     Answer,
     Answers,
@@ -76,7 +76,7 @@ def measure_cell(
             found += measurements
         fed = {
             component.name: _timed_feeds(component, sessions[component.name], state.path, bench)
-            for component in components_of(state.path)
+            for component in components_of(state.path, sessions)
         }
         with _clock(seconds, "latency"):
             found += _latency(state, facts, sessions, place, bench)
@@ -104,7 +104,7 @@ def measure_cell(
 def _answers(state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench) -> list[Measurement]:
     """Put the recorded calls to every component: against its state in torch, and against dense."""
     found: list[Measurement] = []
-    for component in components_of(state.path):
+    for component in components_of(state.path, sessions):
         session = sessions[component.name]
         here = place.at(component.name)
         got = _ask_component(component, lambda feeds, session=session: run_batched(session, feeds), state.path, bench)  # type: ignore[misc]
@@ -126,9 +126,9 @@ def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
 
 
 def _in_torch(state: Artifact, component: Component, bench: Bench) -> Answers | Array:
-    digest = state.part_digest(component.folder)
+    digest = f"{component.name} {state.part_digest(component.folder)}"  # a VAE's two halves share a folder
     if digest not in bench.torch_answers:
-        network = load_network(state.path / component.folder, cls=component.cls)
+        network = part_of(component, load_network(state.path / component.folder, cls=component.cls))
         names, module = signature(network), wrap(network)
 
         def answer(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -162,7 +162,7 @@ def _latency(
     state: Artifact, facts: EngineFacts, sessions: Mapping[str, Session], place: Place, bench: Bench
 ) -> list[Measurement]:
     """Time every component on a recorded call; against the dense engine of the same target, pair by pair."""
-    known = components_of(state.path)
+    known = components_of(state.path, sessions)
     mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
     timer = Timer(
         budget_s=bench.recipe.measure.latency_seconds,
@@ -203,7 +203,7 @@ def _shapes(
         mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=dict(facts.options)),
     )
     found = []
-    known = components_of(state.path)
+    known = components_of(state.path, sessions)
     with task(bench.progress, f"Shapes {place.state} on {place.target}", len(known)) as told:
         for component in known:
             session, here = sessions[component.name], place.at(component.name)

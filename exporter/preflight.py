@@ -16,7 +16,7 @@ from exporter.forecast import Forecast, forecast
 from exporter.lowering.engine import Column
 from exporter.metrics.gates import Gate
 from exporter.metrics.size import size_bytes
-from exporter.networks.components import components, denoiser
+from exporter.networks.components import check_requested, components, denoiser
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
@@ -118,6 +118,7 @@ def check_recipe(
     for index in range(len(recipe.stages)):
         stage_options(recipe, index)
     facts = check_source(source, _choice_of(recipe))
+    check_requested(facts.pipeline_class, recipe.export.requested)
     _check_stages(recipe, facts, source)
     _check_shapes(recipe, facts, source)
     prompts = prompt_set(recipe.measure.prompts)

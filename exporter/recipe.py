@@ -7,7 +7,7 @@ frozen dataclass with the same errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from exporter.errors import RecipeError
 from exporter.validation import flat, hint, one_of, problems
+from exporter.yaml_recipe import Loader, apply_setting
 
 _MAX_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -91,6 +92,12 @@ class Export(_Part):
 
     opset: Annotated[int, Field(ge=18, le=23, description="ONNX opset")] = 20
     dynamic: bool = Field(False, description="dynamic batch and size; fixed shapes run faster")
+    vae_encoder: bool = Field(False, description="the VAE's encoder too, which drawing from an image needs")
+
+    @property
+    def requested(self) -> tuple[str, ...]:
+        """Names of the components on request."""
+        return ("vae_encoder",) if self.vae_encoder else ()
 
 
 class Shapes(_Part):
@@ -316,7 +323,7 @@ def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
         if path.stat().st_size > _MAX_BYTES:
             msg = f"{path}: too large; got {path.stat().st_size} bytes, expected at most {_MAX_BYTES}. Is it a recipe?"
             raise RecipeError(msg)
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: TID251 - a subclass of SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: TID251 - a subclass of SafeLoader
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}. Check the path."
         raise RecipeError(msg) from error
@@ -327,55 +334,11 @@ def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
         msg = f"{place}: got {type(raw).__name__}, expected a mapping with name, source, targets, ... See the README."
         raise RecipeError(msg)
     for setting in settings:
-        _apply(raw, setting)
+        apply_setting(raw, setting)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(problems(error, place, "", _keys_at))) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML itself would resolve silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping whose keys are unique."""
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _apply(raw: dict[str, Any], setting: str) -> None:
-    path, equals, text = setting.partition("=")
-    keys = [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path).split(".")]
-    if not equals or not path:
-        msg = f"--set {setting}: got no '=', expected KEY.PATH=VALUE, such as sampling.steps=10."
-        raise RecipeError(msg)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        msg = f"--set {setting}: the value is not valid YAML: {flat(str(error))}. Quote it."
-        raise RecipeError(msg) from error
-    here: Any = raw
-    for key in keys[:-1]:
-        if isinstance(key, int) and isinstance(here, list) and key < len(here):
-            here = here[key]
-        elif isinstance(key, str) and isinstance(here, dict):
-            here = here.setdefault(key, {})
-        else:
-            msg = f"--set {setting}: there is no '{key}' in that place of the recipe. Check the path."
-            raise RecipeError(msg)
-    last = keys[-1]
-    in_mapping = isinstance(here, dict) and isinstance(last, str)
-    in_list = isinstance(here, list) and isinstance(last, int) and last < len(here)
-    if in_mapping or in_list:
-        here[last] = value
-    else:
-        msg = f"--set {setting}: there is no '{last}' in that place of the recipe. Check the path."
-        raise RecipeError(msg)
 
 
 def _plain(value: str) -> str:

@@ -126,8 +126,9 @@ def _carry_out(run: _Run) -> None:
     run.used |= {"0-dense", recording.folder.parent.name}
     lab = Lab(run.recipe, run.out, run.progress, recording)
     sampling = resolved_sampling(run.recipe, dense.path)
+    export = export_options(run.recipe, dense.path)
     shop = Workshop(
-        run.out, export_options(run.recipe, dense.path), recording, sampling, run.progress, run.verify, run.used
+        run.out, export, recording, sampling, run.progress, run.verify, run.recipe.export.requested, run.used
     )
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress, find_judges(run.recipe))
     parent = dense
