@@ -115,11 +115,10 @@ def check(
     recipe: RecipeArgument, out: OutOption = None, settings: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Check a recipe against this machine and estimate memory, disk and time, before any work."""
-    from exporter.preflight import check_recipe
-    from exporter.recipe import read_recipe, recipe_path
+    from exporter.preflight import check_file
+    from exporter.recipe import recipe_path
 
-    parsed = read_recipe(recipe_path(recipe), settings or ())
-    plan = check_recipe(parsed, out or Path("runs") / parsed.name)
+    plan = check_file(recipe_path(recipe), settings or (), out)
     _show(plan.to_json(), plan.text(), as_json)
     plan.raise_problems()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 
 import targets
-from exporter.errors import ExporterError, RecipeError, SourceError, ToolMissing
+from exporter.errors import ExporterError, Findings, RecipeError, SourceError, ToolMissing
 from exporter.forecast import Forecast, forecast
 from exporter.lowering.engine import Column
 from exporter.metrics.gates import Gate
@@ -21,7 +22,7 @@ from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
-from exporter.recipe import Recipe
+from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.sampling import check_prompts, check_sampling
 from exporter.states import config_of, image_size, vae_scale
@@ -98,6 +99,7 @@ def check_recipe(
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
+    found: Findings | None = None,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -107,35 +109,78 @@ def check_recipe(
         until: see `exporter run --until`.
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
+        found: what is known to be wrong already; independent problems are raised together.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
         SourceError: the source is missing, damaged or unsupported.
     """
+    found = found or Findings()
     made, last = _extent(recipe, until)
     measured = _measured(recipe, made, states)
-    source = open_source(_source_of(recipe), variant=recipe.source.variant)
     for index in range(len(recipe.stages)):
-        stage_options(recipe, index)
-    facts = check_source(source, _choice_of(recipe))
-    check_requested(facts.pipeline_class, recipe.export.requested)
-    _check_stages(recipe, facts, source)
-    _check_shapes(recipe, facts, source)
-    prompts = prompt_set(recipe.measure.prompts)
-    if len(prompts.prompts) < recipe.measure.images:
-        msg = (
-            f"measure.images: got {recipe.measure.images}, but '{recipe.measure.prompts}' has "
-            f"{len(prompts.prompts)} prompts, expected at most as many. Lower images or give more prompts."
-        )
-        raise RecipeError(msg)
-    check_prompts(prompts.prompts[: recipe.measure.images], source)
-    columns, problems = _columns(recipe, targets)
-    parse_gates(recipe)
+        with found.gather():
+            stage_options(recipe, index)
+    columns, problems = _columns(recipe, targets, found)
+    for index, gate in enumerate(recipe.gates):
+        with found.gather():
+            _gate(index, gate)
+    prompts: tuple[str, ...] = ()
+    with found.gather():
+        prompts = _prompts(recipe)
+    with found.gather():
+        source = open_source(_source_of(recipe), variant=recipe.source.variant)
+        facts = check_source(source, _choice_of(recipe))
+        _check_fit(recipe, facts, source, prompts, found)
+    found.raise_all()
     latent = image_size(recipe.sampling.size, source) // vae_scale(source)
     types = [column.target.type for column in columns]
     expected = forecast(recipe, facts, source, latent=latent, states=len(made), measured=len(measured), columns=types)
     _room(out, expected, recipe, max(facts.parameters, key=lambda name: facts.parameters[name]))
     return Plan(made, measured, columns, problems, last, source, facts, expected, facts.notes)
+
+
+def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:
+    """Read a recipe and check it, as `check_recipe` does; what the file itself has wrong is told beside the rest.
+
+    Args:
+        path: the YAML file.
+        settings: changes, as for `read_recipe`.
+        out: the run's folder; None for ``runs/NAME``.
+
+    Raises:
+        RecipeError, SourceError: as `read_recipe` and `check_recipe`, independent problems together.
+    """
+    found = Findings()
+    recipe = read_mended(path, settings, found)
+    if recipe is None:
+        found.raise_all()
+    assert recipe is not None
+    return check_recipe(recipe, out or Path("runs") / recipe.name, found=found)
+
+
+def _prompts(recipe: Recipe) -> tuple[str, ...]:
+    prompts = prompt_set(recipe.measure.prompts).prompts
+    if len(prompts) < recipe.measure.images:
+        msg = (
+            f"measure.images: got {recipe.measure.images}, but '{recipe.measure.prompts}' has "
+            f"{len(prompts)} prompts, expected at most as many. Lower images or give more prompts."
+        )
+        raise RecipeError(msg)
+    return prompts[: recipe.measure.images]
+
+
+def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[str, ...], found: Findings) -> None:
+    """Gather what the recipe asks of its source that this one does not have."""
+    with found.gather():
+        check_requested(facts.pipeline_class, recipe.export.requested)
+    with found.gather():
+        _check_stages(recipe, facts)
+    with found.gather():
+        check_sampling(recipe.sampling, source)
+        _check_shapes(recipe, facts, source)
+    with found.gather():
+        check_prompts(prompts, source)
 
 
 def _extent(recipe: Recipe, until: str | None) -> tuple[tuple[str, ...], str]:
@@ -164,7 +209,9 @@ def _measured(recipe: Recipe, made: tuple[str, ...], states: tuple[str, ...] | N
     return tuple(name for name in made if name in chosen)
 
 
-def _columns(recipe: Recipe, chosen: tuple[str, ...] | None) -> tuple[tuple[Column, ...], dict[str, ExporterError]]:
+def _columns(
+    recipe: Recipe, chosen: tuple[str, ...] | None, found: Findings
+) -> tuple[tuple[Column, ...], dict[str, ExporterError]]:
     for name in chosen or ():
         if name not in recipe.targets:
             msg = f"--targets: got '{name}', expected {one_of(recipe.targets)}.{hint(name, recipe.targets)}"
@@ -174,26 +221,31 @@ def _columns(recipe: Recipe, chosen: tuple[str, ...] | None) -> tuple[tuple[Colu
     for name, spec in recipe.targets.items():
         if chosen is not None and name not in chosen:
             continue
-        if spec.type not in targets.TARGETS:
-            known = targets.TARGETS
-            msg = f"targets.{name}.type: got '{spec.type}', expected {one_of(known)}.{hint(spec.type, known)}"
-            raise RecipeError(msg)
-        target = targets.target(spec.type)
-        options: Any = options_from(target.options, spec.given, f"targets.{name}")
-        here = target.capabilities()
-        if not here.available:
-            problems[name] = ToolMissing(f"target {name}: {here.reason} Run: {here.install}")
-            continue
         try:
-            target.check(options)
-        except TargetMissing as error:
-            problems[name] = ToolMissing(f"target {name}: {error}")
-        except TargetError as error:
-            msg = f"targets.{name}: {error}"
-            raise RecipeError(msg) from error
-        else:
-            columns.append(Column(name, target, options))
+            with found.gather():
+                columns.append(_column(name, spec))
+        except ToolMissing as error:
+            problems[name] = error
     return tuple(columns), problems
+
+
+def _column(name: str, spec: TargetSpec) -> Column:
+    if spec.type not in targets.TARGETS:
+        known = targets.TARGETS
+        msg = f"targets.{name}.type: got '{spec.type}', expected {one_of(known)}.{hint(spec.type, known)}"
+        raise RecipeError(msg)
+    target = targets.target(spec.type)
+    options: Any = options_from(target.options, spec.given, f"targets.{name}")
+    here = target.capabilities()
+    if not here.available:
+        raise ToolMissing(f"target {name}: {here.reason} Run: {here.install}")
+    try:
+        target.check(options)
+    except TargetMissing as error:
+        raise ToolMissing(f"target {name}: {error}") from error
+    except TargetError as error:
+        raise RecipeError(f"targets.{name}: {error}") from error
+    return Column(name, target, options)
 
 
 def parse_gates(recipe: Recipe) -> list[Gate]:
@@ -202,7 +254,11 @@ def parse_gates(recipe: Recipe) -> list[Gate]:
     Raises:
         RecipeError: an unknown metric, or a limit that cannot be read.
     """
-    return [Gate.parse(gate.model_dump(exclude_none=True), f"gates[{i}]") for i, gate in enumerate(recipe.gates)]
+    return [_gate(index, gate) for index, gate in enumerate(recipe.gates)]
+
+
+def _gate(index: int, gate: GateSpec) -> Gate:
+    return Gate.parse(gate.model_dump(exclude_none=True), f"gates[{index}]")
 
 
 def _source_of(recipe: Recipe) -> str | Path | dict[str, str]:
@@ -249,7 +305,7 @@ def _choice_of(recipe: Recipe) -> Choice:
     )
 
 
-def _check_stages(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
+def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
     names = {part.name for part in components(facts.pipeline_class)} | {"denoiser"}
     for index, stage in enumerate(recipe.stages):
         wanted = stage.options.get("component", "denoiser")
@@ -257,7 +313,6 @@ def _check_stages(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
             place = f"stages[{index}].{stage.kind}.component"
             msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
             raise RecipeError(msg)
-    check_sampling(recipe.sampling, source)
 
 
 def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:

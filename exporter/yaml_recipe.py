@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,8 +12,62 @@ import yaml
 from exporter.errors import RecipeError
 from exporter.validation import flat
 
+_MAX_BYTES = 2**20
 
-class Loader(yaml.SafeLoader):
+
+def read_yaml(path: Path, settings: Iterable[str]) -> dict[str, Any]:
+    """Read a file as a mapping and change it.
+
+    Args:
+        path: the YAML file.
+        settings: changes; see `apply_setting`.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML or no mapping, or a change has no place in it.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            msg = f"{path}: too large; got {path.stat().st_size} bytes, expected at most {_MAX_BYTES}. Is it a recipe?"
+            raise RecipeError(msg)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: TID251 - a subclass of SafeLoader
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}. Check the path."
+        raise RecipeError(msg) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"{path}: not valid YAML: {flat(str(error))}. Mend the line it names."
+        raise RecipeError(msg) from error
+    if not isinstance(raw, dict):
+        msg = (
+            f"{path.name}: got {type(raw).__name__}, expected a mapping with name, source, targets, ... See the README."
+        )
+        raise RecipeError(msg)
+    for setting in settings:
+        apply_setting(raw, setting)
+    return raw
+
+
+def take_out(raw: dict[str, Any], loc: tuple[int | str, ...]) -> bool:
+    """Remove the key that a path leads to; False where there is none, or a list would lose an entry.
+
+    Args:
+        raw: the recipe as read; changed in place.
+        loc: as pydantic states places; what is no key of `raw`, such as a union's branch, ends the path.
+    """
+    holder: Any = None
+    here: Any = raw
+    key: int | str = ""
+    for part in loc:
+        inside = part in here if isinstance(here, dict) else isinstance(part, int) and isinstance(here, list)
+        if not inside or (isinstance(here, list) and not 0 <= int(part) < len(here)):
+            break
+        holder, key, here = here, part, here[part]
+    if not isinstance(holder, dict):
+        return False
+    del holder[key]
+    return True
+
+
+class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, which YAML itself would resolve silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

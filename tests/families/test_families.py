@@ -262,7 +262,9 @@ def test_a_source_scheduler_that_does_not_fit_the_family_is_refused(
 def test_a_pipeline_of_pixels_has_no_encoder_to_ask_for(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
     recipe = recipe_of("DDIMPipeline")
     asked = recipe.model_copy(update={"export": recipe.export.model_copy(update={"vae_encoder": True})})
-    with pytest.raises(RecipeError, match=r"^export\.vae_encoder: DDIMPipeline has no such component; got true") as told:
+    with pytest.raises(
+        RecipeError, match=r"^export\.vae_encoder: DDIMPipeline has no such component; got true"
+    ) as told:
         check_recipe(asked, tmp_path / "out")
     assert "StableDiffusionPipeline" in str(told.value)
     assert str(told.value).endswith("Remove export.vae_encoder.")
