@@ -260,7 +260,9 @@ class Encoder(_Engine):
 class Decoder(_Engine):
     """Stands where the pipeline expects its VAE; it encodes only where the recipe asked for that."""
 
-    encoder: Encoder | None = None
+    def __init__(self, session: Session, config: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        super().__init__(session, config, names)
+        self.encoder: Encoder | None = None
 
     def encode(self, images: torch.Tensor, return_dict: bool = True) -> Any:
         """Encode images (b, 3, h, w) float32 in [-1, 1] to a distribution of latents, as `AutoencoderKL` does.

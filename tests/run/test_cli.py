@@ -189,6 +189,24 @@ def test_generate_report_inspect_and_gc_on_a_finished_run(call: Any, finished: P
     assert "Freed 0.0 MB in 0 folders" in call("gc", out)[1]
 
 
+def test_inspect_reads_as_text_and_is_exact_as_json(call: Any, finished: Path) -> None:
+    folder = finished / "states/1-pruned"
+    said = call("inspect", folder)[1]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["digest"] in said
+    assert "stage            prune: method magnitude, keep_ratio 0.75, round_to 8" in said
+    assert "module" in said
+    for python in ("{", "}", "[", "'", "None", "True", "False"):
+        assert python not in said, python
+    engine = call("inspect", finished / "engines/1-pruned/ort")[1]
+    assert engine.startswith("engine of 1-pruned for ort: intact, ")
+    assert "options          threads 1, precision f32, optimization all, weights linked, format onnx" in engine
+    assert "components       text_encoder, unet, vae_decoder" in engine
+    (exact,) = json.loads(call("inspect", folder, "--json")[1])
+    assert exact["facts"] == manifest["facts"]
+    assert exact["bytes"] == sum(fact["size"] for fact in manifest["files"].values())
+
+
 def test_a_missed_gate_is_the_exit_code(call: Any, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
