@@ -81,6 +81,9 @@ def run(  # noqa: PLR0913 - a command line's flags
     states: Annotated[str | None, typer.Option(help="Measure only these states, comma-separated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file of reused artifacts.")] = False,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Start although memory is expected to run out; the report says so.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -93,14 +96,21 @@ def run(  # noqa: PLR0913 - a command line's flags
     folder = out or Path("runs") / parsed.name
     only, measured = _names(targets), _names(states)
     if dry_run:
-        plan = check_recipe(parsed, folder, until=until, targets=only, states=measured)
+        plan = check_recipe(parsed, folder, until=until, targets=only, states=measured, ignore_memory=ignore_memory)
         _show(plan.to_json(), plan.text(), as_json)
         plan.raise_problems()
         return
     from exporter.run import run_recipe
 
     record = run_recipe(
-        parsed, folder, verify=verify, progress=_progress(quiet), until=until, targets=only, states=measured
+        parsed,
+        folder,
+        verify=verify,
+        progress=_progress(quiet),
+        until=until,
+        targets=only,
+        states=measured,
+        ignore_memory=ignore_memory,
     )
     from exporter.report.text import render_text
     from exporter.report.writing import dump_record

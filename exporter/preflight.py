@@ -30,6 +30,8 @@ from exporter.transforms import stage_options
 from exporter.validation import hint, one_of, options_from
 from targets.base import TargetError, TargetMissing
 
+IGNORE_MEMORY = "--ignore-memory"
+"""The option of the command line that starts a run which is not expected to fit."""
 _UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
 
 
@@ -92,7 +94,7 @@ class Plan:
             raise error
 
 
-def check_recipe(
+def check_recipe(  # noqa: PLR0913 - the command's flags
     recipe: Recipe,
     out: Path,
     *,
@@ -100,6 +102,7 @@ def check_recipe(
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
     found: Findings | None = None,
+    ignore_memory: bool = False,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -110,6 +113,7 @@ def check_recipe(
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
         found: what is known to be wrong already; independent problems are raised together.
+        ignore_memory: accept a run that is not expected to fit into memory; the plan notes it.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
@@ -134,10 +138,10 @@ def check_recipe(
         _check_fit(recipe, facts, source, prompts, found)
     found.raise_all()
     latent = image_size(recipe.sampling.size, source) // vae_scale(source)
-    types = [column.target.type for column in columns]
-    expected = forecast(recipe, facts, source, latent=latent, states=len(made), measured=len(measured), columns=types)
-    _room(out, expected, recipe, max(facts.parameters, key=lambda name: facts.parameters[name]))
-    return Plan(made, measured, columns, problems, last, source, facts, expected, facts.notes)
+    expected = forecast(recipe, facts, source, latent=latent, measured=measured, columns=columns)
+    _check_disk(out, expected)
+    notes = _check_memory(expected, recipe, facts, ignore=ignore_memory)
+    return Plan(made, measured, columns, problems, last, source, facts, expected, (*facts.notes, *notes))
 
 
 def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:
@@ -337,8 +341,8 @@ def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
         raise RecipeError(msg)
 
 
-def _room(out: Path, expected: Forecast, recipe: Recipe, largest: str) -> None:
-    """Refuse a run that would not fit, with what to change."""
+def _check_disk(out: Path, expected: Forecast) -> None:
+    """Refuse a run whose files would not fit, with what to change."""
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free >> 20
     written = size_bytes(out) >> 20 if out.is_dir() else 0
@@ -348,16 +352,26 @@ def _room(out: Path, expected: Forecast, recipe: Recipe, largest: str) -> None:
             "Give another folder, or free some space."
         )
         raise RecipeError(msg)
+
+
+def _check_memory(expected: Forecast, recipe: Recipe, facts: SourceFacts, *, ignore: bool) -> tuple[str, ...]:
+    """Refuse a run that would not fit into memory, with what to change; return a note where it goes on all the same."""
     available = psutil.virtual_memory().available >> 20
-    if expected.unmapped_mib > available:
-        fixes = ["close other programs"]
-        if any(stage.kind == "tune" for stage in recipe.stages):
-            fixes.append("tune on a larger machine")
-        if recipe.sampling.batch > 1:
-            fixes.append("write sampling.batch: 1")
-        fixes.append(f"cut more of {largest} (keep_ratio)")
-        msg = (
-            f"memory: the run would not fit; got {available} MiB free, expected about {expected.unmapped_mib} MiB that "
-            f"cannot be paged out. To change that: {', or '.join(fixes)}."
+    if expected.needed_mib <= available:
+        return ()
+    if ignore:
+        return (
+            f"memory: {available} MiB were free and about {expected.needed_mib} MiB expected to be needed "
+            f"({expected.phase}); started all the same, as {IGNORE_MEMORY} says",
         )
-        raise RecipeError(msg)
+    fixes = ["close other programs"]
+    if any(stage.kind == "tune" for stage in recipe.stages):
+        fixes.append("tune on a larger machine")
+    if recipe.sampling.batch > 1:
+        fixes.append("write sampling.batch: 1")
+    largest = max(facts.parameters, key=lambda name: facts.parameters[name])
+    fixes.append(f"cut more of {largest} (keep_ratio)")
+    raise RecipeError(
+        f"memory: the run would not fit; got {available} MiB free, expected about {expected.needed_mib} MiB for "
+        f"{expected.phase}. To change that: {', or '.join(fixes)}. If you know better, run it with {IGNORE_MEMORY}."
+    )

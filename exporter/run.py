@@ -82,6 +82,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
+    ignore_memory: bool = False,
 ) -> RunRecord:
     """Carry out a recipe and write its report.
 
@@ -93,6 +94,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         until: stop after this state or phase.
         targets: only these targets of the recipe.
         states: measure only these states.
+        ignore_memory: start although the run is not expected to fit into memory; the report notes it.
 
     Returns:
         The record that was written to ``out/report.json``; its `exit_code` says how it went.
@@ -101,7 +103,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         RecipeError, SourceError: before any work.
         ExporterError: a state could not be made; what was measured before it is in the report.
     """
-    plan = check_recipe(recipe, out, until=until, targets=targets, states=states)
+    plan = check_recipe(recipe, out, until=until, targets=targets, states=states, ignore_memory=ignore_memory)
     with locked(out):
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run = _Run(recipe, plan, out, progress, verify, started, time.monotonic())

@@ -33,6 +33,12 @@ def components_of(folder: Path, requested: Collection[str] = ()) -> tuple[Compon
     return present_components(pipeline_class_of(folder), index, requested)
 
 
+def scheduler_of(folder: Path) -> str:
+    """Return the class of the scheduler that a pipeline folder comes with."""
+    stated = read_object(folder / "model_index.json", ArtifactError).get("scheduler")
+    return str(stated[1]) if isinstance(stated, list) and len(stated) > 1 else ""
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the config of a component folder."""
     return read_object(folder / "config.json", ArtifactError)
