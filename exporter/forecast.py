@@ -16,10 +16,11 @@ from pathlib import Path
 from exporter.costs import MIB, Machine, Network, cost_of, machine
 from exporter.lowering.engine import PARITY_CALLS, Column
 from exporter.lowering.export import ExportOptions
+from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.metrics.size import own_peak_rss_mib
 from exporter.networks.source import SourceFacts
 from exporter.recipe import Recipe, StageSpec
-from exporter.states import components_of, is_guided_by_rows, scheduler_of
+from exporter.states import components_of, is_guided_by_rows, scheduler_of, vae_scale
 
 _DENOISER = "denoiser"
 _INLINE_MIB = ExportOptions().external_bytes / MIB  # up to here a graph holds its weights itself
@@ -30,10 +31,12 @@ _TORCH_WIDE = 8.0  # tensors as wide as the widest that torch has alive at a tim
 _ENGINE_WIDE = 4.0  # the same of a runtime, which keeps them between two calls
 _INLINE_COPIES = 5.5  # of weights in a graph: torch's, the graph's, the file's, the session's
 _TRAINED = 5.0  # weights, gradients, two moments and an average
-_LEFT_MIB, _LEFT_COPIES = 40.0, 2.5  # what a state leaves in the heap, and of a denoiser whose graph holds its weights
+_LEFT_MIB, _LEFT_COPIES, _LEFT_MOST_MIB = 40.0, 2.5, 120.0  # what a state leaves in the heap; larger tensors leave none
 
 # Seconds of one core, on a machine to itself.
-_REACHED = 0.55  # of the test's speed, by whole networks
+_REACHED = {"torch": 0.55, "openvino": 0.65, "onnxruntime": 0.42}  # of the test's speed, by whole networks
+_REACHED_OTHERS = 0.5
+_PIXEL_S = 1e-5  # of comparing two images, SSIM above all
 _TORCH_S, _CALL_S, _CALL_WEIGHT_S = 3e-5, 3e-3, 1e-5  # beside the operations: per weight in torch; of an engine's call
 _TRACE_S, _EXPORT_S = 0.02, 0.7  # of tracing and tidying: per weight of a network, and for each
 _COMPILE_S = 0.3  # of starting a process and its runtime
@@ -78,6 +81,7 @@ class _Job:
         columns: the usable targets.
         calls: denoiser calls per image.
         latent: side of the latent.
+        pixels: of an image.
     """
 
     recipe: Recipe
@@ -86,6 +90,7 @@ class _Job:
     columns: tuple[Column, ...]
     calls: int
     latent: int
+    pixels: int
 
     @property
     def tunes(self) -> list[StageSpec]:
@@ -134,7 +139,7 @@ def forecast(
         networks[role] = cost_of(part, source, stored, rows if role == _DENOISER else batch, latent)
     kept = tuple(_kept(recipe, state) for state in measured)
     calls = _calls(recipe, scheduler_of(source))
-    job = _Job(recipe, networks, kept, columns, calls, latent)
+    job = _Job(recipe, networks, kept, columns, calls, latent, (latent * vae_scale(source)) ** 2)
     here, own = machine(), own_peak_rss_mib()
     phases = _memory(job)
     phase = max(phases, key=lambda name: phases[name])
@@ -166,7 +171,7 @@ def _memory(job: _Job) -> dict[str, float]:
     """Return what each phase needs beside the program and its libraries, MiB."""
     networks, denoiser = job.networks, job.networks[_DENOISER]
     whole = sum(network.whole_mib for name, network in networks.items() if name != "vae_encoder")
-    left = _LEFT_MIB + (_LEFT_COPIES * denoiser.mib if denoiser.mib <= _INLINE_MIB else 0.0)
+    left = _LEFT_MIB + _LEFT_COPIES * min(denoiser.mib, _LEFT_MOST_MIB)
     phases = {"drawing with the dense pipeline": whole + _TORCH_WIDE * max(n.widest_mib for n in networks.values())}
     for name, network in networks.items():
         inline = _INLINE_COPIES * network.mib if network.mib <= _INLINE_MIB else 0.0
@@ -177,10 +182,12 @@ def _memory(job: _Job) -> dict[str, float]:
         network.whole_mib + _TORCH_WIDE * network.widest_mib * (1.0 if name == _DENOISER else together)
         for name, network in networks.items()
     )
+    pixels, images = job.pixels, job.recipe.measure.images
+    judging = SSIM_BYTES * pixels * at_once(images, pixels) / MIB
     for column in job.columns:
         dense = _sessions(job, column, 1.0)
         for index, kept in enumerate(job.kept):
-            other = max(beside, dense) if index else beside  # later states are timed beside the dense engines
+            other = max(beside, judging, dense if index else 0.0)  # later states are timed beside the dense engines
             phases[f"measuring state {index} on {column.name}"] = _sessions(job, column, kept) + other + left * index
     for stage in job.tunes:
         batch = float(stage.options.get("batch", 16))
@@ -239,8 +246,8 @@ def _disk(job: _Job) -> float:
     )
     images, latent = recipe.measure.images, job.latent
     recorded = images * (job.calls * 4 * 4 * latent**2 + 2 * 77 * 1024) * 4 / MIB
-    drawn = images * (1 + len(job.kept) * len(job.columns)) * (8 * latent) ** 2 * 2 / MIB
-    return states + graphs + engines + recorded + drawn + 3
+    drawn = images * (1 + len(job.kept) * len(job.columns)) * job.pixels * 2 / MIB
+    return states + graphs + engines + recorded + drawn + 1.5
 
 
 def _parts(job: _Job) -> list[tuple[str, Network]]:
@@ -259,7 +266,7 @@ def _seconds(job: _Job, here: Machine) -> float:
     exported = [*job.networks.values(), *[denoiser] * (len(job.kept) - 1)]
     exporting = sum(_EXPORT_S + _TRACE_S * network.weights for network in exported) * here.pace
     parity = 2 * (once + len(job.kept) * min(PARITY_CALLS, job.calls) * torch_s[_DENOISER])
-    answers = len(job.kept) * compared * torch_s[_DENOISER] + once
+    answers = len(job.kept) * compared * torch_s[_DENOISER] + once * compared / job.calls
     cells = sum(
         _cell(job, here, column, kept, first=index == 0)
         for column in job.columns
@@ -272,7 +279,7 @@ def _seconds(job: _Job, here: Machine) -> float:
 
 
 def _torch_call(network: Network, here: Machine) -> float:
-    return network.flops / (here.flops * here.threads * _REACHED) + _TORCH_S * network.weights * here.pace
+    return network.flops / (here.flops * here.threads * _REACHED["torch"]) + _TORCH_S * network.weights * here.pace
 
 
 def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool) -> float:
@@ -280,9 +287,10 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     recipe, networks = job.recipe, job.networks
     threads = asdict(column.options).get("threads") or here.cores
     narrow = _BF16 if _is_narrow(column) else 1.0
+    reached = _REACHED.get(column.target.type, _REACHED_OTHERS)
     share = {name: kept if name == _DENOISER else 1.0 for name in networks}
     call = {
-        name: narrow * share[name] * network.flops / (here.flops * threads * _REACHED)
+        name: narrow * share[name] * network.flops / (here.flops * threads * reached)
         + (_CALL_S + _CALL_WEIGHT_S * network.weights) * here.pace
         for name, network in networks.items()
     }
@@ -296,9 +304,12 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     opening = sum(opened.values()) * (2 if first else 3)  # here, in the process that is weighed, and dense beside it
     batches = ceil(recipe.measure.images / recipe.sampling.batch)
     compared = ceil(min(recipe.measure.calls, recipe.measure.images) / recipe.sampling.batch) * job.calls
-    calls = (compared + batches * job.calls) * call[_DENOISER] + (batches + 2) * (sum(call.values()) - call[_DENOISER])
+    # The others are asked for the compared images, for all images, and in the process that is weighed.
+    once = (sum(call.values()) - call[_DENOISER]) * (compared / job.calls + batches + 1)
+    calls = (compared + batches * job.calls + 1) * call[_DENOISER] + once
     timing = sum(_timing(each * (1 if first else 2), recipe.measure.latency_seconds) for each in call.values())
-    return _CELL_S * here.pace + compiling + opening + calls + timing
+    judging = _PIXEL_S * job.pixels * recipe.measure.images
+    return _CELL_S * here.pace + judging + compiling + opening + calls + timing
 
 
 def _timing(call: float, budget: float) -> float:
