@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 
+import psutil
+
 from exporter.costs import MIB, Machine, Network, cost_of, machine
 from exporter.lowering.engine import PARITY_CALLS, Column
 from exporter.lowering.export import ExportOptions
 from exporter.metrics.images import SSIM_BYTES, at_once
-from exporter.metrics.size import own_peak_rss_mib
 from exporter.networks.source import SourceFacts
 from exporter.recipe import Recipe, StageSpec
 from exporter.states import components_of, is_guided_by_rows, scheduler_of, vae_scale
@@ -77,7 +78,7 @@ class _Job:
     Attributes:
         recipe: the recipe.
         networks: of the dense state, by component, the denoiser as such.
-        kept: for every measured state, how much of the dense denoiser is left.
+        kept: for every measured state, by its id, how much of the dense denoiser is left.
         columns: the usable targets.
         calls: denoiser calls per image.
         latent: side of the latent.
@@ -86,7 +87,7 @@ class _Job:
 
     recipe: Recipe
     networks: Mapping[str, Network]
-    kept: tuple[float, ...]
+    kept: Mapping[str, float]
     columns: tuple[Column, ...]
     calls: int
     latent: int
@@ -137,10 +138,10 @@ def forecast(
         role = _DENOISER if part.role == _DENOISER else part.name
         stored = facts.sizes.get(part.name, facts.sizes.get("vae_decoder", 0))  # a VAE's halves share a folder
         networks[role] = cost_of(part, source, stored, rows if role == _DENOISER else batch, latent)
-    kept = tuple(_kept(recipe, state) for state in measured)
+    kept = {state: _kept(recipe, state) for state in measured}
     calls = _calls(recipe, scheduler_of(source))
     job = _Job(recipe, networks, kept, columns, calls, latent, (latent * vae_scale(source)) ** 2)
-    here, own = machine(), own_peak_rss_mib()
+    here, own = machine(), psutil.Process().memory_info().rss / MIB
     phases = _memory(job)
     phase = max(phases, key=lambda name: phases[name])
     disk = _disk(job)
@@ -186,9 +187,9 @@ def _memory(job: _Job) -> dict[str, float]:
     judging = SSIM_BYTES * pixels * at_once(images, pixels) / MIB
     for column in job.columns:
         dense = _sessions(job, column, 1.0)
-        for index, kept in enumerate(job.kept):
+        for index, (state, kept) in enumerate(job.kept.items()):
             other = max(beside, judging, dense if index else 0.0)  # later states are timed beside the dense engines
-            phases[f"measuring state {index} on {column.name}"] = _sessions(job, column, kept) + other + left * index
+            phases[f"measuring {state} on {column.name}"] = _sessions(job, column, kept) + other + left * index
     for stage in job.tunes:
         batch = float(stage.options.get("batch", 16))
         rows = job.recipe.sampling.batch * 2
@@ -233,7 +234,7 @@ def _disk(job: _Job) -> float:
     for index in range(len(recipe.stages)):
         states += denoiser.stored_mib * _kept(recipe, recipe.state_ids[index + 1])
     lowered = [(network, 1.0) for network in job.networks.values()]
-    lowered += [(denoiser, kept) for kept in job.kept[1:]]
+    lowered += [(denoiser, kept) for kept in list(job.kept.values())[1:]]
     graphs = sum(
         share * (network.mib if network.mib * share <= _INLINE_MIB else 0.0) + 1e-3 * network.weights
         for network, share in lowered
@@ -270,7 +271,7 @@ def _seconds(job: _Job, here: Machine) -> float:
     cells = sum(
         _cell(job, here, column, kept, first=index == 0)
         for column in job.columns
-        for index, kept in enumerate(job.kept)
+        for index, kept in enumerate(job.kept.values())
     )
     row = torch_s[_DENOISER] / (2 * recipe.sampling.batch)
     tuning = sum(_tuning(stage, job.calls, row) for stage in job.tunes)

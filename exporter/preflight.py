@@ -80,7 +80,7 @@ class Plan:
             f"Source    {self.facts.pipeline_class}, {sum(self.facts.parameters.values()) / 1e6:.1f} M parameters",
             f"States    {' -> '.join(self.states)}; measured: {', '.join(self.measured)}",
             f"Targets   {columns or 'none usable'}",
-            f"Memory    about {self.expected.memory_mib} MiB at the peak; {free} MiB are free",
+            f"Memory    about {self.expected.memory_mib} MiB at the peak, {self.expected.phase}; {free} MiB are free",
             f"Disk      about {self.expected.disk_mib} MiB",
             f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
             *(f"Note      {note}" for note in self.notes),
