@@ -66,23 +66,30 @@ def measure_cell(
     facts = EngineFacts.of(engine)
     seconds: dict[str, float] = {}
     found: list[Measurement] = []
+    evidence: dict[str, Any] = {}
+    fed: dict[str, dict[str, Array]] = {}
+    known = components_of(state.path, facts.components)
+    with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
+        for component in known:
+            _in_torch(state, component, bench)
+            _dense_reference(component, bench)
     sessions = open_sessions(engine.path, facts)
     try:
-        evidence = {name: session.evidence().to_json() for name, session in sessions.items()}
         with _clock(seconds, "fidelity"):
             found += _answers(state, sessions, place, bench)
         with _clock(seconds, "images"):
             measurements, images = draw(engine.path, sessions, place, bench)
             found += measurements
-        fed = {
-            component.name: _timed_feeds(component, sessions[component.name], state.path, bench)
-            for component in components_of(state.path, sessions)
-        }
-        with _clock(seconds, "latency"):
-            found += _latency(state, facts, sessions, place, bench)
-        if fixed is not None:
-            with _clock(seconds, "shapes"):
-                found += _shapes(state, facts, sessions, fixed, place, bench)
+        with _clock(seconds, "latency"), task(bench.progress, f"Latency {place.state} on {target}", len(known)) as told:
+            for component in known:
+                name, session = component.name, sessions[component.name]
+                fed[name] = _timed_feeds(component, session, state.path, bench)
+                found += _latency(session, fed[name], facts, place.at(name), bench)
+                if fixed is not None:
+                    found += _shapes(component, session, fed[name], fixed, facts, place.at(name), bench)
+                evidence[name] = session.evidence().to_json()
+                sessions.pop(name).close()  # the next pair finds the memory free
+                told.advance()
     finally:
         close_sessions(sessions)
     with _clock(seconds, "footprint"):
@@ -159,64 +166,51 @@ def _denoiser(component: Component, config: Mapping[str, Any], answer: Ask) -> A
 
 
 def _latency(
-    state: Artifact, facts: EngineFacts, sessions: Mapping[str, Session], place: Place, bench: Bench
+    session: Session, feeds: Mapping[str, Array], facts: EngineFacts, place: Place, bench: Bench
 ) -> list[Measurement]:
-    """Time every component on a recorded call; against the dense engine of the same target, pair by pair."""
-    known = components_of(state.path, sessions)
-    mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
-    timer = Timer(
-        budget_s=bench.recipe.measure.latency_seconds,
-        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=mode),
-    )
-    dense_folder = bench.engines.get(place.target)
-    dense = {} if dense_folder is None else open_sessions(dense_folder, facts)
-    found = []
+    """Time a component on a recorded call; against the dense engine of the same target, pair by pair."""
+    timer, folder = _timer(facts, bench), bench.engines.get(place.target)
+    if folder is None:
+        return latency_measurements(timer.measure(lambda: session(feeds)), place)
+    assert place.component is not None
+    dense = open_session(folder / place.component, facts)
     try:
-        with task(bench.progress, f"Latency {place.state} on {place.target}", len(known)) as told:
-            for component in known:
-                here = place.at(component.name)
-                feeds = _timed_feeds(component, sessions[component.name], state.path, bench)
-                if dense:
-                    pairs = timer.interleaved(
-                        lambda name=component.name, feeds=feeds: sessions[name](feeds),  # type: ignore[misc]
-                        lambda name=component.name, feeds=feeds: dense[name](feeds),  # type: ignore[misc]
-                    )
-                    found += latency_measurements(pairs.a, here, pairs.ratio(DENSE))
-                else:
-                    call = lambda name=component.name, feeds=feeds: sessions[name](feeds)  # noqa: E731
-                    found += latency_measurements(timer.measure(call), here)
-                told.advance()
+        pairs = timer.interleaved(lambda: session(feeds), lambda: dense(feeds))
     finally:
-        close_sessions(dense)
-    return found
+        dense.close()
+    return latency_measurements(pairs.a, place, pairs.ratio(DENSE))
 
 
-def _shapes(
-    state: Artifact, facts: EngineFacts, sessions: Mapping[str, Session], fixed: Path, place: Place, bench: Bench
+def _shapes(  # noqa: PLR0913 - what is timed, and where it goes
+    component: Component,
+    session: Session,
+    feeds: Mapping[str, Array],
+    fixed: Path,
+    facts: EngineFacts,
+    place: Place,
+    bench: Bench,
 ) -> list[Measurement]:
-    """Time every component at each point of the recipe's shapes, and the denoiser against one with fixed shapes."""
+    """Time a component at each point of the recipe's shapes, and the denoiser against one with fixed shapes."""
     assert bench.recipe.shapes is not None
     points = points_of(bench.recipe.shapes, bench.sampling["size"])
     own = bench.sampling | {"batch": min(bench.sampling["batch"], bench.recording.count)}
-    timer = Timer(
-        budget_s=bench.recipe.measure.latency_seconds,
-        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=dict(facts.options)),
-    )
-    found = []
-    known = components_of(state.path, sessions)
-    with task(bench.progress, f"Shapes {place.state} on {place.target}", len(known)) as told:
-        for component in known:
-            session, here = sessions[component.name], place.at(component.name)
-            feeds = _timed_feeds(component, session, state.path, bench)
-            found.append(measure_points(session, feeds, points, here, timer, own))
-            if component.role == "denoiser":
-                other = open_session(fixed, facts)
-                try:
-                    found.append(measure_cost(session, other, feeds, here, timer))
-                finally:
-                    other.close()
-            told.advance()
+    timer = _timer(facts, bench)
+    found = [measure_points(session, feeds, points, place, timer, own)]
+    if component.role == "denoiser":
+        other = open_session(fixed, facts)
+        try:
+            found.append(measure_cost(session, other, feeds, place, timer))
+        finally:
+            other.close()
     return found
+
+
+def _timer(facts: EngineFacts, bench: Bench) -> Timer:
+    mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
+    return Timer(
+        budget_s=bench.recipe.measure.latency_seconds,
+        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=mode),
+    )
 
 
 def _timed_feeds(component: Component, session: Session, state: Path, bench: Bench) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -153,6 +154,7 @@ class _OrtSession:
 
     def __init__(self, path: Path, options: OrtOptions) -> None:
         self._path, self._settings = path, options
+        self._closed = False
         self._session: Any = _session(path, options)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
@@ -161,9 +163,10 @@ class _OrtSession:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once."""
-        if self._session is None:
+        if self._closed:
             raise TargetError(f"{_PLACE}: {self._path}: the session is closed. Open the engine again.")
         check_feeds(self.inputs, feeds, _PLACE)
+        self._session = self._session or _session(self._path, self._settings)
         self._shapes = {name: array.shape for name, array in feeds.items()}
         try:
             found = self._session.run(self._names, dict(feeds))
@@ -172,7 +175,11 @@ class _OrtSession:
         return dict(zip(self._names, found, strict=True))
 
     def evidence(self) -> Evidence:
-        """Run once on zeros with the profiler on and return what was executed, where and in which types."""
+        """Run once on zeros with the profiler on and return what was executed, where and in which types.
+
+        The profiler needs a session of its own; this one frees the engine meanwhile and loads it at the next call.
+        """
+        self._session = None
         shapes = dict(self._shapes)
         unknown = sorted(name for name, shape in shapes.items() if -1 in shape)
         notes = ["layers, types and placement: from the profile of one run on zeros"]
@@ -195,7 +202,7 @@ class _OrtSession:
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._session, self._closed = None, True
 
 
 def _library() -> Any:
@@ -288,8 +295,10 @@ def _optimised_nodes(path: Path) -> dict[str, Any]:
 
 
 def _recording_settings(folder: Path) -> Any:
-    """Return session options that write the optimised graph into `folder`, weights beside it."""
+    """Return session options that write the optimised graph into `folder`; its weights, which nobody reads, nowhere."""
     settings = _library().SessionOptions()
+    if os.name == "posix":
+        (folder / "optimised.data").symlink_to(os.devnull)
     settings.optimized_model_filepath = str(folder / "optimised.onnx")
     settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
     return settings

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exporter import __version__
 from exporter.errors import ComponentFailed
+from exporter.lowering.simplify import simplify
 from exporter.lowering.stored import Held, StoredWeights, give_values, write_pointing
 from exporter.lowering.tidy import tidy, unused_initializers
 from exporter.lowering.wrappers import Signature, Sizes, example_feeds, signature, wrap
@@ -91,8 +92,7 @@ def export_component(
             held = give_values(model, weights, prefix=_PREFIX, external_bytes=options.external_bytes)
         shown.advance(note="traced")
         with _quiet("onnx_ir"):  # it names every weight that has no value yet
-            program.optimize()  # folds transposed weights that are in memory, so that quantizers see them as weights
-        model = cast("ir.Model", program.model)
+            simplify(model)  # folds transposed weights that are in memory, so that quantizers see them as weights
         tidy(model, prefix=_PREFIX, weights={name: tensor.numel() for name, tensor in module.state_dict().items()})
         _sign(model, component, weights.digest if weights is not None else weights_digest(module))
         if options.dynamic:

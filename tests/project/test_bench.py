@@ -16,7 +16,7 @@ def test_the_benchmark_prints_every_step_and_the_ratios(root: Path, tmp_path: Pa
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     *steps, end = (json.loads(line) for line in done.stdout.splitlines())
-    assert [next(iter(step)) for step in steps] == ["make", "ours", "bare", "parity", "compile", "pairs"]
+    assert [next(iter(step)) for step in steps] == ["make", "ours", "bare", "parity", "compile", "call", "pairs"]
     figures = {name: facts for step in steps for name, facts in step.items()}
     assert all(facts["peak_rss_mib"] > 10 for facts in figures.values())
     assert figures["parity"]["psnr_db"] > 100
