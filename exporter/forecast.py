@@ -177,7 +177,7 @@ def _memory(job: _Job) -> dict[str, float]:
     for name, network in networks.items():
         inline = _INLINE_COPIES * network.mib if network.mib <= _INLINE_MIB else 0.0
         phases[f"exporting {name}"] = max(inline, network.whole_mib + _TORCH_WIDE * network.widest_mib)
-    # Fidelity asks the decoder in torch for all compared images at once, while the sessions are open.
+    # Fidelity asks the decoder in torch for all compared images at once, before any engine is open.
     together = max(1.0, min(job.recipe.measure.calls, job.recipe.measure.images) / job.recipe.sampling.batch)
     beside = max(
         network.whole_mib + _TORCH_WIDE * network.widest_mib * (1.0 if name == _DENOISER else together)
@@ -186,10 +186,18 @@ def _memory(job: _Job) -> dict[str, float]:
     pixels, images = job.pixels, job.recipe.measure.images
     judging = SSIM_BYTES * pixels * at_once(images, pixels) / MIB
     for column in job.columns:
-        dense = _sessions(job, column, 1.0)
         for index, (state, kept) in enumerate(job.kept.items()):
-            other = max(beside, judging, dense if index else 0.0)  # later states are timed beside the dense engines
-            phases[f"measuring {state} on {column.name}"] = _sessions(job, column, kept) + other + left * index
+            place = f"measuring {state} on {column.name}"
+            open_ones = [
+                _session(network, column, kept if name == _DENOISER else 1.0) for name, network in job.networks.items()
+            ]
+            phases[place] = max(beside, sum(open_ones) + judging) + left * index
+            if index:  # timed beside the dense engine, component by component; the earlier ones are closed by then
+                pairs = [
+                    sum(open_ones[at:]) + _session(network, column, 1.0)
+                    for at, network in enumerate(job.networks.values())
+                ]
+                phases[place] = max(phases[place], max(pairs) + left * index)
     for stage in job.tunes:
         batch = float(stage.options.get("batch", 16))
         rows = job.recipe.sampling.batch * 2
@@ -198,20 +206,16 @@ def _memory(job: _Job) -> dict[str, float]:
     return phases
 
 
-def _sessions(job: _Job, column: Column, kept: float) -> float:
-    """Return the memory of a state's loaded engines: weights as the runtime lays them out, and its scratch space."""
-    found = 0.0
-    for name, network in job.networks.items():
-        share = kept if name == _DENOISER else 1.0
-        file = _file_mib(network, column)
-        if column.target.type == "onnxruntime":
-            weights = 1.25 * network.mib + (file if file < 0.9 * network.mib else 0.0)  # some packed again; widened
-            found += share * weights + _ENGINE_WIDE * network.widest_mib + 2.5 * network.scores_mib
-        else:
-            narrow = 0.5 if _is_narrow(column) else 1.0
-            found += share * (file + narrow * network.mib) + _ENGINE_WIDE * network.widest_mib
-            found += 0.3 * network.scores_mib  # attention is fused, in tiles
-    return found
+def _session(network: Network, column: Column, kept: float) -> float:
+    """Return the memory of a loaded engine: weights as the runtime lays them out, and its scratch space."""
+    file = _file_mib(network, column)
+    scratch = _ENGINE_WIDE * network.widest_mib
+    if column.target.type == "onnxruntime":
+        weights = 1.25 * network.mib + (file if file < 0.9 * network.mib else 0.0)  # some packed again; widened
+        return kept * weights + scratch + 2.5 * network.scores_mib
+    narrow = 0.5 if _is_narrow(column) else 1.0
+    # Attention is fused, in tiles.
+    return kept * (file + narrow * network.mib) + scratch + 0.3 * network.scores_mib
 
 
 def _file_mib(network: Network, column: Column) -> float:
@@ -302,7 +306,8 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     }
     made = networks if first else (_DENOISER,)
     compiling = sum(_COMPILE_S * here.pace + opened[name] for name in made)
-    opening = sum(opened.values()) * (2 if first else 3)  # here, in the process that is weighed, and dense beside it
+    # Here and in the process that is weighed; dense beside it; for ONNX Runtime's profiler.
+    opening = sum(opened.values()) * (2 + (not first) + (column.target.type == "onnxruntime"))
     batches = ceil(recipe.measure.images / recipe.sampling.batch)
     compared = ceil(min(recipe.measure.calls, recipe.measure.images) / recipe.sampling.batch) * job.calls
     # The others are asked for the compared images, for all images, and in the process that is weighed.
