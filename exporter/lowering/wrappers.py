@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from exporter.networks.components import Component
 from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
 
@@ -84,6 +85,42 @@ class DecoderForward(nn.Module):
         return cast("Tensor", cast("Any", self.net).decode(inputs[0], return_dict=False)[0])
 
 
+class AutoencoderEncoder(nn.Module):
+    """The encoding half of an autoencoder, which it shares its layers, their names and the config with."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        whole = cast("Any", autoencoder)
+        self.config = whole.config
+        self.encoder = whole.encoder
+        self.quant_conv = whole.quant_conv
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return means and logarithms of variances; see `EncoderForward`."""
+        hidden = self.encoder(image)
+        return cast("Tensor", hidden if self.quant_conv is None else self.quant_conv(hidden))
+
+
+class EncoderForward(nn.Module):
+    """The encoding half of a VAE as a function of tensors."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            *inputs: one: images (rows, 3, height, width) float32 in [-1, 1].
+
+        Returns:
+            (rows, 2 * channels, height / factor, width / factor) float32: the means of the latents, then the logarithms
+            of their variances; neither is multiplied by the VAE's scaling factor.
+        """
+        return cast("Tensor", self.net(inputs[0]))
+
+
 class TextForward(nn.Module):
     """A text encoder's forward without output objects."""
 
@@ -109,11 +146,12 @@ class TextForward(nn.Module):
 
 
 _HIDDEN = "hidden_states."
-MAIN_OUTPUTS = ("sample", "last_hidden_state")
-"""What a decoder and a text encoder are compared with dense by; parity looks at every output."""
+MAIN_OUTPUTS = ("sample", "latent_parameters", "last_hidden_state")
+"""What a VAE's halves and a text encoder are compared with dense by; parity looks at every output."""
 
 _WRAPPERS = {
     "AutoencoderKL": DecoderForward,
+    "AutoencoderEncoder": EncoderForward,
     "CLIPTextModel": TextForward,
     "CLIPTextModelWithProjection": TextForward,
     "T5EncoderModel": TextForward,
@@ -131,6 +169,9 @@ def signature(module: nn.Module) -> Signature:
     if wrapper is DecoderForward:
         axes = {"latent_sample": _image_axes(""), "sample": _image_axes("image_")}
         return Signature(inputs, ("sample",), axes)
+    if wrapper is EncoderForward:  # names as in optimum's layout
+        axes = {"sample": _image_axes("image_"), "latent_parameters": _image_axes("")}
+        return Signature(inputs, ("latent_parameters",), axes)
     if wrapper is TextForward:
         outputs = _text_outputs(module)
         return Signature(inputs, outputs, {name: {0: "batch"} for name in (*inputs, *outputs)})
@@ -170,6 +211,11 @@ def _has_hidden_states(module: nn.Module) -> bool:
 def _layers(module: nn.Module) -> int:
     """Return how many layers a CLIP text encoder has now, which surgery may have changed."""
     return len(next(part for name, part in module.named_modules() if name.endswith("encoder.layers")))
+
+
+def part_of(component: Component, module: nn.Module) -> nn.Module:
+    """Return what a component is of the network that its folder holds: all of it, or the encoding half."""
+    return AutoencoderEncoder(module) if component.role == "encoder" else module
 
 
 def wrap(module: nn.Module) -> nn.Module:
