@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -26,78 +25,76 @@ _GUIDANCE = "time_text_embed.guidance_embedder.linear_"
 _Names = Mapping[str, tuple[str, ...]]
 _FINAL: _Names = {"final_layer.linear": ("proj_out",), "final_layer.adaLN_modulation.1": ("norm_out.linear",)}
 
-_BLOCKS: Mapping[str, Mapping[tuple[str, str], _Names]] = MappingProxyType(
-    {
-        "SD3Transformer2DModel": {
-            ("", ""): {
-                "x_embedder.proj": ("pos_embed.proj",),
-                "t_embedder.mlp.0": (f"{_TIME}1",),
-                "t_embedder.mlp.2": (f"{_TIME}2",),
-                "y_embedder.mlp.0": (f"{_POOLED}1",),
-                "y_embedder.mlp.2": (f"{_POOLED}2",),
-                "context_embedder": ("context_embedder",),
-                **_FINAL,
-            },
-            ("joint_blocks", "transformer_blocks"): {
-                "x_block.adaLN_modulation.1": ("norm1.linear",),
-                "x_block.attn.qkv": _QKV,
-                "x_block.attn.ln_q": ("attn.norm_q",),
-                "x_block.attn.ln_k": ("attn.norm_k",),
-                "x_block.attn.proj": ("attn.to_out.0",),
-                "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-                "x_block.attn2.ln_q": ("attn2.norm_q",),
-                "x_block.attn2.ln_k": ("attn2.norm_k",),
-                "x_block.attn2.proj": ("attn2.to_out.0",),
-                "x_block.mlp.fc1": ("ff.net.0.proj",),
-                "x_block.mlp.fc2": ("ff.net.2",),
-                "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-                "context_block.attn.qkv": _ADDED,
-                "context_block.attn.ln_q": ("attn.norm_added_q",),
-                "context_block.attn.ln_k": ("attn.norm_added_k",),
-                "context_block.attn.proj": ("attn.to_add_out",),
-                "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-                "context_block.mlp.fc2": ("ff_context.net.2",),
-            },
-        },
-        "FluxTransformer2DModel": {
-            ("", ""): {
-                "img_in": ("x_embedder",),
-                "txt_in": ("context_embedder",),
-                "time_in.in_layer": (f"{_TIME}1",),
-                "time_in.out_layer": (f"{_TIME}2",),
-                "vector_in.in_layer": (f"{_POOLED}1",),
-                "vector_in.out_layer": (f"{_POOLED}2",),
-                "guidance_in.in_layer": (f"{_GUIDANCE}1",),
-                "guidance_in.out_layer": (f"{_GUIDANCE}2",),
-                **_FINAL,
-            },
-            ("double_blocks", "transformer_blocks"): {
-                "img_mod.lin": ("norm1.linear",),
-                "txt_mod.lin": ("norm1_context.linear",),
-                "img_attn.qkv": _QKV,
-                "img_attn.norm.query_norm": ("attn.norm_q",),
-                "img_attn.norm.key_norm": ("attn.norm_k",),
-                "img_attn.proj": ("attn.to_out.0",),
-                "img_mlp.0": ("ff.net.0.proj",),
-                "img_mlp.2": ("ff.net.2",),
-                "txt_attn.qkv": _ADDED,
-                "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-                "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-                "txt_attn.proj": ("attn.to_add_out",),
-                "txt_mlp.0": ("ff_context.net.0.proj",),
-                "txt_mlp.2": ("ff_context.net.2",),
-            },
-            ("single_blocks", "single_transformer_blocks"): {
-                "modulation.lin": ("norm.linear",),
-                "linear1": (*_QKV, "proj_mlp"),
-                "norm.query_norm": ("attn.norm_q",),
-                "norm.key_norm": ("attn.norm_k",),
-                "linear2": ("proj_out",),
-            },
-        },
-    }
-)
-"""Network class to its kinds of blocks, as (original, ours), to their layers: an original one to those it stacks."""
+_Blocks = Mapping[tuple[str, str], _Names]
+"""Kinds of blocks, as (original, ours), to their layers: an original one to those of ours that it stacks."""
+
+_SD3: _Blocks = {
+    ("", ""): {
+        "x_embedder.proj": ("pos_embed.proj",),
+        "t_embedder.mlp.0": (f"{_TIME}1",),
+        "t_embedder.mlp.2": (f"{_TIME}2",),
+        "y_embedder.mlp.0": (f"{_POOLED}1",),
+        "y_embedder.mlp.2": (f"{_POOLED}2",),
+        "context_embedder": ("context_embedder",),
+        **_FINAL,
+    },
+    ("joint_blocks", "transformer_blocks"): {
+        "x_block.adaLN_modulation.1": ("norm1.linear",),
+        "x_block.attn.qkv": _QKV,
+        "x_block.attn.ln_q": ("attn.norm_q",),
+        "x_block.attn.ln_k": ("attn.norm_k",),
+        "x_block.attn.proj": ("attn.to_out.0",),
+        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        "x_block.attn2.ln_q": ("attn2.norm_q",),
+        "x_block.attn2.ln_k": ("attn2.norm_k",),
+        "x_block.attn2.proj": ("attn2.to_out.0",),
+        "x_block.mlp.fc1": ("ff.net.0.proj",),
+        "x_block.mlp.fc2": ("ff.net.2",),
+        "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+        "context_block.attn.qkv": _ADDED,
+        "context_block.attn.ln_q": ("attn.norm_added_q",),
+        "context_block.attn.ln_k": ("attn.norm_added_k",),
+        "context_block.attn.proj": ("attn.to_add_out",),
+        "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+        "context_block.mlp.fc2": ("ff_context.net.2",),
+    },
+}
+_FLUX: _Blocks = {
+    ("", ""): {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in.in_layer": (f"{_TIME}1",),
+        "time_in.out_layer": (f"{_TIME}2",),
+        "vector_in.in_layer": (f"{_POOLED}1",),
+        "vector_in.out_layer": (f"{_POOLED}2",),
+        "guidance_in.in_layer": (f"{_GUIDANCE}1",),
+        "guidance_in.out_layer": (f"{_GUIDANCE}2",),
+        **_FINAL,
+    },
+    ("double_blocks", "transformer_blocks"): {
+        "img_mod.lin": ("norm1.linear",),
+        "txt_mod.lin": ("norm1_context.linear",),
+        "img_attn.qkv": _QKV,
+        "img_attn.norm.query_norm": ("attn.norm_q",),
+        "img_attn.norm.key_norm": ("attn.norm_k",),
+        "img_attn.proj": ("attn.to_out.0",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "txt_attn.qkv": _ADDED,
+        "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+        "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+    },
+    ("single_blocks", "single_transformer_blocks"): {
+        "modulation.lin": ("norm.linear",),
+        "linear1": (*_QKV, "proj_mlp"),
+        "norm.query_norm": ("attn.norm_q",),
+        "norm.key_norm": ("attn.norm_k",),
+        "linear2": ("proj_out",),
+    },
+}
 
 _POSITIONS = "pos_embed"
 """A table of numbers without a layer of its own in SD3's original."""
@@ -120,15 +117,14 @@ class Piece:
     at: int = 0
 
 
-def original_pieces(cls: str, rows: Mapping[str, int]) -> dict[str, tuple[Piece, ...]]:
-    """Return every original layer of a network with what it is made of; empty for a class that was not renamed.
+def original_pieces(rows: Mapping[str, int]) -> dict[str, tuple[Piece, ...]]:
+    """Return every original layer of a network with what it is made of; empty for one that was not renamed.
 
     Args:
-        cls: the network's class.
-        rows: module to the rows of its weight.
+        rows: module to the rows of its weight; which modules there are tells SD3 and Flux apart.
     """
     found: dict[str, tuple[Piece, ...]] = {}
-    for (theirs, ours), layers in _BLOCKS.get(cls, {}).items():
+    for (theirs, ours), layers in _blocks(rows).items():
         numbers = _numbers(ours, rows)
         for number in numbers:
             before, after = (f"{theirs}.{number}.", f"{ours}.{number}.") if ours else ("", "")
@@ -139,6 +135,12 @@ def original_pieces(cls: str, rows: Mapping[str, int]) -> dict[str, tuple[Piece,
                     swapped = name == "final_layer.adaLN_modulation.1" or last_text
                     found[f"{before}{name}"] = _swapped(paths[0], rows) if swapped else _stacked(paths, rows)
     return found
+
+
+def _blocks(rows: Mapping[str, int]) -> _Blocks:
+    if "context_embedder" not in rows:
+        return {}
+    return _SD3 if "pos_embed.proj" in rows else _FLUX
 
 
 def _numbers(blocks: str, rows: Mapping[str, int]) -> list[int]:
@@ -162,12 +164,11 @@ def _swapped(path: str, rows: Mapping[str, int]) -> tuple[Piece, ...]:
 
 
 def state_from_original(
-    cls: str, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], place: str
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], place: str
 ) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under the network's own names; unknown names stay as they are.
 
     Args:
-        cls: the network's class.
         state: original name to tensor, without a prefix.
         shapes: the network's own tensors.
         place: for the message.
@@ -176,7 +177,7 @@ def state_from_original(
         SourceError: a stacked layer has other rows than the network's modules together.
     """
     rows = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
-    pieces = original_pieces(cls, rows)
+    pieces = original_pieces(rows)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")

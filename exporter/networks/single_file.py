@@ -210,7 +210,7 @@ def _converted(network: nn.Module, state: dict[str, Tensor], prefix: str, place:
         return _clip(network, state)
     if cls == "T5EncoderModel":
         return {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
-    return state_from_original(cls, state, shapes, place)
+    return state_from_original(state, shapes, place)
 
 
 def _clip(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ def test_a_modern_sd3_is_read_as_diffusers_converts_it() -> None:
     own: dict[str, Tensor] = net.state_dict()
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(original_state(own))
     shapes = {name: tuple(value.shape) for name, value in own.items()}
-    mine = state_from_original("SD3Transformer2DModel", original_state(own), shapes, "here")
+    mine = state_from_original(original_state(own), shapes, "here")
     assert mine.keys() == theirs.keys() == own.keys()
     assert all(torch.equal(mine[name], value) and torch.equal(own[name], value) for name, value in theirs.items())
 
@@ -214,7 +214,7 @@ def test_flux_is_read_as_diffusers_converts_it() -> None:
     }
     theirs = convert_flux_transformer_checkpoint_to_diffusers(original_state(own))
     shapes = {name: tuple(value.shape) for name, value in own.items()}
-    mine = state_from_original("FluxTransformer2DModel", original_state(own), shapes, "here")
+    mine = state_from_original(original_state(own), shapes, "here")
     assert mine.keys() == theirs.keys() == own.keys()
     assert all(torch.equal(mine[name], value) and torch.equal(own[name], value) for name, value in theirs.items())
 
