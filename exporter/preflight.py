@@ -16,15 +16,15 @@ from exporter.forecast import Forecast, forecast
 from exporter.lowering.engine import Column
 from exporter.metrics.gates import Gate
 from exporter.metrics.size import size_bytes
-from exporter.networks.components import components, denoiser
+from exporter.networks.components import components
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
 from exporter.recipe import Recipe
 from exporter.reference import SHAPES
-from exporter.sampling import check_prompts, check_sampling
-from exporter.states import config_of, image_size, vae_scale
+from exporter.sampling import check_open_sizes, check_prompts, check_sampling
+from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options
 from exporter.validation import hint, one_of, options_from
 from targets.base import TargetError, TargetMissing
@@ -119,7 +119,8 @@ def check_recipe(
         stage_options(recipe, index)
     facts = check_source(source, _choice_of(recipe))
     _check_stages(recipe, facts, source)
-    _check_shapes(recipe, facts, source)
+    if recipe.shapes is not None:
+        check_open_sizes(recipe.shapes.size, recipe.sampling, source)
     prompts = prompt_set(recipe.measure.prompts)
     if len(prompts.prompts) < recipe.measure.images:
         msg = (
@@ -257,28 +258,6 @@ def _check_stages(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
             msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
             raise RecipeError(msg)
     check_sampling(recipe.sampling, source)
-
-
-def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
-    """Refuse sizes that the network cannot halve as often as it does, and a range without the run's own size."""
-    if recipe.shapes is None:
-        return
-    levels = len(config_of(source / denoiser(facts.pipeline_class).folder).get("block_out_channels", ())) or 1
-    factor = vae_scale(source) * 2 ** (levels - 1)
-    for size in recipe.shapes.size:
-        if size % factor:
-            msg = (
-                f"shapes.size: got {size}, expected multiples of {factor}, which VAE and denoiser scale by. "
-                f"Write {max(factor, size // factor * factor)}."
-            )
-            raise RecipeError(msg)
-    own = image_size(recipe.sampling.size, source)
-    if recipe.shapes.size and not recipe.shapes.size[0] <= own <= recipe.shapes.size[-1]:
-        msg = (
-            f"shapes.size: got {list(recipe.shapes.size)}, expected a range that holds the source's own size, {own}. "
-            "Widen it, or set sampling.size."
-        )
-        raise RecipeError(msg)
 
 
 def _room(out: Path, expected: Forecast, recipe: Recipe, largest: str) -> None:

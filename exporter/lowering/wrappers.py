@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
+from exporter.networks.inputs import FIXED_SIDES, as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
 
 
@@ -140,6 +140,8 @@ def signature(module: nn.Module) -> Signature:
         rows |= {inputs[0]: packed, "out_sample": packed, "img_ids": {0: "places"}}
         del rows["txt_ids"]
         return Signature(inputs, ("out_sample",), rows)
+    if type(module).__name__ in FIXED_SIDES:
+        return Signature(inputs, ("out_sample",), {**rows, "out_sample": {0: "batch"}})
     return Signature(inputs, ("out_sample",), {**rows, inputs[0]: _image_axes(""), "out_sample": _image_axes("")})
 
 

@@ -193,4 +193,3 @@ def state_from_original(
             cut = [tensor[part.start : part.start + part.rows] for part in mine]
             found[f"{target}.{'weight' if kind == 'scale' else kind}"] = cut[0] if len(cut) == 1 else torch.cat(cut)
     return found
-

@@ -43,7 +43,9 @@ def save_checkpoint(pipeline: Path, file: Path, *, layers: int, levels: int) -> 
     """
     state = _ldm(pipeline, layers, levels)
     text = load_file(pipeline / "text_encoder/model.safetensors")
-    save_state(state | {f"cond_stage_model.transformer.{name}": value for name, value in clip_names(text).items()}, file)
+    save_state(
+        state | {f"cond_stage_model.transformer.{name}": value for name, value in clip_names(text).items()}, file
+    )
 
 
 def save_openclip_checkpoint(pipeline: Path, file: Path, *, layers: int, levels: int) -> None:

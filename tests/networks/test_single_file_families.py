@@ -158,7 +158,9 @@ def test_diffusers_reads_the_same_from_the_file(name: str, tmp_path: Path) -> No
 
     wanted = family(name, tiny=True)
     # diffusers tells SDXL's encoders by their widths, which have to differ then
-    narrow = [replace(p, config={**p.config, "hidden_size": 16}) if p.folder == "text_encoder" else p for p in wanted.parts]
+    narrow = [
+        replace(p, config={**p.config, "hidden_size": 16}) if p.folder == "text_encoder" else p for p in wanted.parts
+    ]
     pipeline = write_random(replace(wanted, parts=tuple(narrow)), tmp_path / name, seed=0, progress=Silent()).folder
     config, file = _config(pipeline, tmp_path / "config"), tmp_path / "model.safetensors"
     MAKERS[name](pipeline, file)
@@ -224,7 +226,9 @@ def test_families_that_do_not_come_in_one_file_are_named(
     name: str, pipeline_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     save_file({"a.b": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(SourceError, match=rf"{family(name).pipeline} is not read from a single file; .* StableDiffusion"):
+    with pytest.raises(
+        SourceError, match=rf"{family(name).pipeline} is not read from a single file; .* StableDiffusion"
+    ):
         check_source(pipeline_of(name), Choice(single_file=tmp_path / "model.safetensors"))
 
 
@@ -237,7 +241,9 @@ def test_what_the_file_does_not_fit_is_named(pipeline_of: Callable[[str], Path],
     state = original_state(load_file(pipeline / TRANSFORMER))
     narrow = "single_blocks.0.linear1.weight"
     save_file(state | {narrow: state[narrow][:-8].contiguous()}, file)
-    with pytest.raises(SourceError, match=r"transformer: single_blocks\.0\.linear1\.weight: got 216 rows, expected 224"):
+    with pytest.raises(
+        SourceError, match=r"transformer: single_blocks\.0\.linear1\.weight: got 216 rows, expected 224"
+    ):
         _dense(config, file, tmp_path)
     save_file({**state, narrow: state[narrow].to(torch.float8_e4m3fn)}, file)
     with pytest.raises(SourceError, match=r"unsupported number type; got F8_E4M3 in .*not quantized"):
