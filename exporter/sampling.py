@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from calibration.calling import Drawing
 from exporter.errors import RecipeError, SourceError
 from exporter.networks.components import denoiser
-from exporter.networks.inputs import FIXED_SIDES
 from exporter.networks.weights import read_object
 from exporter.recipe import Sampling
 from exporter.states import config_of, family_of, image_size, own_size, pipeline_class_of, size_step, vae_scale
@@ -101,14 +100,12 @@ def check_open_sizes(sizes: Sequence[int], sampling: Sampling, source: Path) -> 
     if not sizes:
         return
     name, own = pipeline_class_of(source), image_size(sampling.size, source)
-    part = denoiser(name)
-    one = "draws images of its own size only" if not family_of(source).sized else ""
-    one = one or ("computes its positions for one size when it is exported" if part.cls in FIXED_SIDES else "")
-    if one and tuple(sizes) != (own,):
+    if not family_of(source).sized and tuple(sizes) != (own,):
         raise RecipeError(
-            f"shapes.size: {name} {one}; got {list(sizes)}, expected none. Leave shapes.size out; shapes.batch works."
+            f"shapes.size: {name} draws images of its own size only; got {list(sizes)}, expected none. Leave "
+            "shapes.size out; shapes.batch works."
         )
-    config = config_of(source / part.folder)
+    config = config_of(source / denoiser(name).folder)
     levels = len(config.get("block_out_channels", ())) or 1
     factor = lcm(size_step(source), vae_scale(source) * 2 ** (levels - 1))
     for size in sizes:

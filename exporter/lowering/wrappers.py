@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from exporter.networks.inputs import FIXED_SIDES, as_arguments, inputs_of, takes_timestep_rows
+from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
 
 
@@ -50,6 +50,7 @@ class DenoiserForward(nn.Module):
         super().__init__()
         self.net = net
         self._names = _inputs(net)
+        self._open = signature(net).dynamic
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Predict noise or velocity.
@@ -61,6 +62,12 @@ class DenoiserForward(nn.Module):
         Returns:
             (rows, ...) float32.
         """
+        rows = inputs[0].shape[0]
+        for name, given in zip(self._names, inputs, strict=True):
+            if self._open.get(name, {}).get(0) == "batch":
+                torch._check(
+                    given.shape[0] == rows
+                )  # one batch: an exporter takes them for as many as there are inputs
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])
 
@@ -140,7 +147,7 @@ def signature(module: nn.Module) -> Signature:
         rows |= {inputs[0]: packed, "out_sample": packed, "img_ids": {0: "places"}}
         del rows["txt_ids"]
         return Signature(inputs, ("out_sample",), rows)
-    if type(module).__name__ in FIXED_SIDES:
+    if type(module).__name__ == "DiTTransformer2DModel":  # it has positions for one size only
         return Signature(inputs, ("out_sample",), {**rows, "out_sample": {0: "batch"}})
     return Signature(inputs, ("out_sample",), {**rows, inputs[0]: _image_axes(""), "out_sample": _image_axes("")})
 

@@ -29,9 +29,6 @@ _PIXART_LARGE = 128
 """Latent side of the PixArt that is told resolution and aspect ratio."""
 _TIME_COND = Input("timestep_cond", lambda config: config.get("time_cond_proj_dim") is not None)
 
-FIXED_SIDES = frozenset({"PixArtTransformer2DModel", "DiTTransformer2DModel"})
-"""Denoisers that compute a table of positions for the size they see, so that a traced graph has that size for good."""
-
 INPUTS: Mapping[str, tuple[Input, ...]] = MappingProxyType(
     {
         "UNet2DConditionModel": (

@@ -234,10 +234,11 @@ def _paths(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
     """Return the modules of one network that can be updated, by each of their names in it."""
     rows = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
     wide = {module for module in rows if len(shapes[f"{module}.weight"]) > 1}
-    found: dict[str, tuple[Piece, ...]] = {}
-    for original, pieces in original_pieces(rows).items():
-        if all(piece.module in wide for piece in pieces):
-            found[original] = pieces
+    found = {
+        original: pieces
+        for original, pieces in original_pieces(rows).items()
+        if all(piece.module in wide for piece in pieces)
+    }
     numbered = original_names(rows) if folder == "unet" else {}
     for module in wide:
         paths = [module]

@@ -1,7 +1,7 @@
 """A checkpoint that is one safetensors file: checked, and turned into component folders, one at a time.
 
-The file holds weights only; everything else, and components that the file does not hold, come from a local folder. Where
-diffusers' own converters work on names alone, they are used; nothing is loaded as a pipeline and nothing is fetched.
+The file holds weights only; everything else, and components that the file does not hold, come from a local folder.
+Where diffusers' own converters work on names alone, they are used; nothing is loaded as a pipeline, nothing is fetched.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The inverse of diffusers' conversion: a pipeline's weights under the names of the first checkpoints.
 
-Source: CompVis `ldm`, `UNetModel` and `Decoder`: which block has which number; OpenCLIP's `TextTransformer`; Stability's
-`mmdit.py`; Black Forest Labs' `flux/model.py`.
+Source: CompVis `ldm`, `UNetModel` and `Decoder`: which block has which number; OpenCLIP's `TextTransformer`.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             found[new] = torch.cat(stack)
         elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
             for ours, theirs in _OPEN_CLIP.items():
-                name = name.replace(ours, theirs)  # noqa: PLW2901 - renamed bit by bit
+                name = name.replace(ours, theirs)
             found[name] = value
     return found
 

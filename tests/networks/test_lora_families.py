@@ -1,4 +1,4 @@
-"""LoRAs of SDXL, SD3 and Flux under every name they go by: the formula on the authors' own weights, and diffusers' fuse."""
+"""LoRAs of SDXL, SD3 and Flux under every name they go by: the formula on the authors' weights, and diffusers' fuse."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from exporter.errors import SourceError
 from exporter.networks.loras import find_lora
 from exporter.networks.original_names import original_names
 from exporter.networks.source import Choice, check_source
-from exporter.progress import Silent
 from exporter.random_weights.families import family
-from exporter.random_weights.writing import write_random
 from exporter.transforms import make_dense
 
 RANK, ALPHA, WEIGHT = 4, 2.0, 0.7
@@ -45,23 +43,17 @@ FLUX_LAYERS = (
     "final_layer.linear",
 )
 OWN_LAYERS = {
-    "sd3-medium": ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.0.ff.net.2"),
-    "flux": ("transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.1.attn.to_v", "single_transformer_blocks.0.proj_mlp"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from family to its tiny pipeline. Read only."""
-    found: dict[str, Path] = {}
-
-    def source(name: str) -> Path:
-        if name not in found:
-            out = tmp_path_factory.mktemp("random") / name
-            found[name] = write_random(family(name, tiny=True), out, seed=0, progress=Silent()).folder
-        return found[name]
-
-    return source
+    "sd3-medium": (
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.add_k_proj",
+        "transformer_blocks.0.ff.net.2",
+    ),
+    "flux": (
+        "transformer_blocks.0.attn.to_out.0",
+        "single_transformer_blocks.1.attn.to_v",
+        "single_transformer_blocks.0.proj_mlp",
+    ),
+}
 
 
 def _factors(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +173,7 @@ def _sdxl_lora(source: Path) -> dict[str, Tensor]:
 
 
 def _flux_kohya_lora(source: Path) -> dict[str, Tensor]:
-    """Without `linear1`, whose width diffusers takes for the published model's, and without `final_layer`, whose alpha it drops."""
+    """Without `linear1`, whose width diffusers takes for the published one, and `final_layer`, whose alpha it drops."""
     before = original_state(_weights(source, "transformer"))
     state: dict[str, Tensor] = {}
     for seed, layer in enumerate(FLUX_LAYERS):

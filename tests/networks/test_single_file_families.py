@@ -1,4 +1,4 @@
-"""One checkpoint file of every family that comes in one: the same weights as its folder, as diffusers reads them too."""
+"""One checkpoint file of every family that comes in one: the weights of its folder, as diffusers reads them too."""
 
 from __future__ import annotations
 
@@ -68,20 +68,6 @@ def _sdxl(pipeline: Path, file: Path) -> None:
 MAKERS: dict[str, Callable[[Path, Path], None]] = {"sd21": _sd2, "sdxl": _sdxl, "sd3-medium": _sd3, "flux": _flux}
 
 
-@pytest.fixture(scope="module")
-def pipeline_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from family to its tiny pipeline. Read only."""
-    found: dict[str, Path] = {}
-
-    def pipeline(name: str) -> Path:
-        if name not in found:
-            out = tmp_path_factory.mktemp("random") / name
-            found[name] = write_random(family(name, tiny=True), out, seed=0, progress=Silent()).folder
-        return found[name]
-
-    return pipeline
-
-
 def _config(pipeline: Path, out: Path, keep: tuple[str, ...] = ()) -> Path:
     """Copy a pipeline without weights but for the components to keep."""
     shutil.copytree(pipeline, out, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -104,9 +90,9 @@ def _assert_same(pipeline: Path, dense: Path, pipeline_class: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_checkpoint_of_a_family_becomes_the_weights_of_its_folder(
-    name: str, pipeline_of: Callable[[str], Path], tmp_path: Path
+    name: str, source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pipeline, config = pipeline_of(name), _config(pipeline_of(name), tmp_path / "config")
+    pipeline, config = source_of(name), _config(source_of(name), tmp_path / "config")
     MAKERS[name](pipeline, tmp_path / "model.safetensors")
     facts = check_source(config, Choice(single_file=tmp_path / "model.safetensors"))
     assert facts.parameters == check_source(pipeline).parameters
@@ -116,9 +102,9 @@ def test_a_checkpoint_of_a_family_becomes_the_weights_of_its_folder(
 
 @pytest.mark.parametrize(("name", "prefix"), [("flux", ""), ("flux", "model.diffusion_model."), ("sd3-medium", "")])
 def test_a_file_with_the_transformer_alone_takes_the_rest_from_the_config_folder(
-    name: str, prefix: str, pipeline_of: Callable[[str], Path], tmp_path: Path
+    name: str, prefix: str, source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pipeline, file = pipeline_of(name), tmp_path / "model.safetensors"
+    pipeline, file = source_of(name), tmp_path / "model.safetensors"
     others = tuple(part.folder for part in components(family(name).pipeline) if part.folder != "transformer")
     save_state(_prefixed(prefix, original_state(load_file(pipeline / TRANSFORMER))), file)
     config = _config(pipeline, tmp_path / "config", others)
@@ -130,18 +116,18 @@ def test_a_file_with_the_transformer_alone_takes_the_rest_from_the_config_folder
 
 
 def test_a_transformer_under_the_names_of_diffusers_is_taken_as_it_is(
-    pipeline_of: Callable[[str], Path], tmp_path: Path
+    source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pipeline, file = pipeline_of("flux"), tmp_path / "model.safetensors"
+    pipeline, file = source_of("flux"), tmp_path / "model.safetensors"
     save_state(_prefixed("transformer.", load_file(pipeline / TRANSFORMER)), file)
     config = _config(pipeline, tmp_path / "config", ("text_encoder", "text_encoder_2", "vae"))
     _assert_same(pipeline, _dense(config, file, tmp_path), "FluxPipeline")
 
 
 def test_the_first_encoder_of_sd3_is_not_projected_where_the_file_has_no_projection(
-    pipeline_of: Callable[[str], Path], tmp_path: Path
+    source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pipeline, file = pipeline_of("sd3-medium"), tmp_path / "model.safetensors"
+    pipeline, file = source_of("sd3-medium"), tmp_path / "model.safetensors"
     _sd3(pipeline, file)
     state = load_file(file)
     del state["text_encoders.clip_l.transformer.text_projection.weight"]
@@ -223,17 +209,17 @@ def test_flux_is_read_as_diffusers_converts_it() -> None:
 
 @pytest.mark.parametrize("name", ["pixart", "dit", "lcm"])
 def test_families_that_do_not_come_in_one_file_are_named(
-    name: str, pipeline_of: Callable[[str], Path], tmp_path: Path
+    name: str, source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     save_file({"a.b": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(
         SourceError, match=rf"{family(name).pipeline} is not read from a single file; .* StableDiffusion"
     ):
-        check_source(pipeline_of(name), Choice(single_file=tmp_path / "model.safetensors"))
+        check_source(source_of(name), Choice(single_file=tmp_path / "model.safetensors"))
 
 
-def test_what_the_file_does_not_fit_is_named(pipeline_of: Callable[[str], Path], tmp_path: Path) -> None:
-    pipeline, file = pipeline_of("flux"), tmp_path / "model.safetensors"
+def test_what_the_file_does_not_fit_is_named(source_of: Callable[[str], Path], tmp_path: Path) -> None:
+    pipeline, file = source_of("flux"), tmp_path / "model.safetensors"
     config = _config(pipeline, tmp_path / "config", ("text_encoder", "text_encoder_2", "vae"))
     save_file({"a.b": torch.ones(2)}, file)
     with pytest.raises(SourceError, match=r"no component of a FluxPipeline; got tensors such as a\.b, expected names"):
