@@ -62,12 +62,10 @@ class DenoiserForward(nn.Module):
         Returns:
             (rows, ...) float32.
         """
-        rows = inputs[0].shape[0]
+        rows, check = inputs[0].shape[0], cast("Any", torch)._check
         for name, given in zip(self._names, inputs, strict=True):
             if self._open.get(name, {}).get(0) == "batch":
-                torch._check(
-                    given.shape[0] == rows
-                )  # one batch: an exporter takes them for as many as there are inputs
+                check(given.shape[0] == rows)  # one batch: an exporter would take each input's for one of its own
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])
 
