@@ -17,7 +17,7 @@ from exporter.errors import ExporterError, Findings, RecipeError, SourceError, T
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.networks.components import check_requested, components, denoiser
+from exporter.networks.components import check_requested, components
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
@@ -25,8 +25,8 @@ from exporter.prompts import prompt_set
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
-from exporter.sampling import check_prompts, check_sampling
-from exporter.states import config_of, image_size, vae_scale
+from exporter.sampling import check_open_sizes, check_prompts, check_sampling
+from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options
 from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
@@ -207,7 +207,8 @@ def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[
         _check_stages(recipe, facts)
     with found.gather():
         check_sampling(recipe.sampling, source)
-        _check_shapes(recipe, facts, source)
+        if recipe.shapes is not None:
+            check_open_sizes(recipe.shapes.size, recipe.sampling, source)
     with found.gather():
         check_prompts(prompts, source)
 
@@ -344,25 +345,3 @@ def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
             place = f"stages[{index}].{stage.kind}.component"
             msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
             raise RecipeError(msg)
-
-
-def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
-    """Refuse sizes that the network cannot halve as often as it does, and a range without the run's own size."""
-    if recipe.shapes is None:
-        return
-    levels = len(config_of(source / denoiser(facts.pipeline_class).folder).get("block_out_channels", ())) or 1
-    factor = vae_scale(source) * 2 ** (levels - 1)
-    for size in recipe.shapes.size:
-        if size % factor:
-            msg = (
-                f"shapes.size: got {size}, expected multiples of {factor}, which VAE and denoiser scale by. "
-                f"Write {max(factor, size // factor * factor)}."
-            )
-            raise RecipeError(msg)
-    own = image_size(recipe.sampling.size, source)
-    if recipe.shapes.size and not recipe.shapes.size[0] <= own <= recipe.shapes.size[-1]:
-        msg = (
-            f"shapes.size: got {list(recipe.shapes.size)}, expected a range that holds the source's own size, {own}. "
-            "Widen it, or set sampling.size."
-        )
-        raise RecipeError(msg)
