@@ -296,8 +296,7 @@ class TextEncoder(_Engine):
         found = self.answer(args, kwargs)
         layers = [name for name in found if name.startswith("hidden_states.")]
         states = tuple(found.pop(f"hidden_states.{index}") for index in range(len(layers)))
-        # The last entry is the state behind the last layer; what pipelines ask for lies before it.
-        hidden = (*states, found["last_hidden_state"]) if states else None
+        hidden = states or None
         if "text_embeds" in found:
             return CLIPTextModelOutput(**found, hidden_states=hidden)
         return BaseModelOutputWithPooling(**found, hidden_states=hidden)

@@ -33,6 +33,9 @@ from targets.build import raise_told
 PARITY_CALLS = 5
 """Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
 _LONGEST_S = 6 * 3600
+_GRAPHS = 2
+"""Counts changes of what exported graphs answer, so that those of before are not taken for today's."""
+
 _EXPORT_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -163,7 +166,8 @@ def tokens_of(component: Component, shop: Workshop) -> int:
 def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
     options = replace(shop.export, tokens=tokens_of(component, shop))
     versions = {name: version(name) for name in _EXPORT_LIBRARIES}
-    key = digest_of([state.part_digest(component.folder), component.name, asdict(options), versions, __version__])
+    made_by = [versions, __version__, _GRAPHS]
+    key = digest_of([state.part_digest(component.folder), component.name, asdict(options), *made_by])
     folder = f"onnx-{component.name}-{key[:16]}"
     place = f"{component.name}, state {state.path.name}"
 

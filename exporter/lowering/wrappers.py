@@ -142,12 +142,13 @@ class TextForward(nn.Module):
 
         Returns:
             As `signature` names them: text states (rows, tokens, width), the pooled state (rows, width) where there is
-            one, and for CLIP the states before every layer, float32.
+            one, and for CLIP the states before every layer and behind the last, float32: optimum-intel counts layers
+            from the end of these.
         """
         hidden = _has_hidden_states(self.net)
         found = self.net(**dict(zip(self._names, inputs, strict=True)), output_hidden_states=hidden)
         named = [found[name] for name in _text_outputs(self.net) if not name.startswith(_HIDDEN)]
-        return (*named, *(found.hidden_states[:-1] if hidden else ()))
+        return (*named, *(found.hidden_states if hidden else ()))
 
 
 _HIDDEN = "hidden_states."
@@ -207,7 +208,7 @@ def _text_outputs(module: nn.Module) -> tuple[str, ...]:
         "CLIPTextModelWithProjection": ("text_embeds", "last_hidden_state"),
         "T5EncoderModel": ("last_hidden_state",),
     }[type(module).__name__]
-    return (*named, *(f"{_HIDDEN}{index}" for index in range(_layers(module) if _has_hidden_states(module) else 0)))
+    return (*named, *(f"{_HIDDEN}{index}" for index in range(_layers(module) + 1 if _has_hidden_states(module) else 0)))
 
 
 def _has_hidden_states(module: nn.Module) -> bool:

@@ -84,7 +84,8 @@ def test_by_default_the_engine_has_no_safety_checker_and_the_report_says_so(sour
 
 def test_a_single_file_needs_a_local_folder_of_configs(source: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, file)
+    names = ("model.diffusion_model.out.2.bias", "first_stage_model.a", "cond_stage_model.transformer.text_model.a")
+    save_file({name: torch.zeros(4) for name in names}, file)
     alone = _recipe(source, tmp_path, path=str(file), variant=None)
     with pytest.raises(SourceError, match=r"holds weights only; expected source\.config .* Nothing is fetched"):
         check_recipe(alone, tmp_path / "out")
