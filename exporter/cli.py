@@ -86,6 +86,9 @@ def run(  # noqa: PLR0913 - a command line's flags
     measure_again: Annotated[
         bool, typer.Option("--measure-again", help="Measure every cell, also those that nothing has changed for.")
     ] = False,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Start although memory is expected to run out; the report says so.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -98,7 +101,7 @@ def run(  # noqa: PLR0913 - a command line's flags
     folder = out or Path("runs") / parsed.name
     only, measured = _names(targets), _names(states)
     if dry_run:
-        plan = check_recipe(parsed, folder, until=until, targets=only, states=measured)
+        plan = check_recipe(parsed, folder, until=until, targets=only, states=measured, ignore_memory=ignore_memory)
         _show(plan.to_json(), plan.text(), as_json)
         plan.raise_problems()
         return
@@ -113,6 +116,7 @@ def run(  # noqa: PLR0913 - a command line's flags
         until=until,
         targets=only,
         states=measured,
+        ignore_memory=ignore_memory,
     )
     from exporter.report.text import render_text
     from exporter.report.writing import dump_record
@@ -127,11 +131,10 @@ def check(
     recipe: RecipeArgument, out: OutOption = None, settings: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Check a recipe against this machine and estimate memory, disk and time, before any work."""
-    from exporter.preflight import check_recipe
-    from exporter.recipe import read_recipe, recipe_path
+    from exporter.preflight import check_file
+    from exporter.recipe import recipe_path
 
-    parsed = read_recipe(recipe_path(recipe), settings or ())
-    plan = check_recipe(parsed, out or Path("runs") / parsed.name)
+    plan = check_file(recipe_path(recipe), settings or (), out)
     _show(plan.to_json(), plan.text(), as_json)
     plan.raise_problems()
 
@@ -241,7 +244,9 @@ def write_random(  # noqa: PLR0913 - a command line's flags
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     family: Annotated[
         str,
-        typer.Option("--family", help="sd15, sd21, sdxl, lcm, sd3-medium, flux, pixart or dit.", show_default=False),
+        typer.Option(
+            "--family", help="sd15, sd21, sdxl, lcm, sd3-medium, flux, pixart, dit or ddpm.", show_default=False
+        ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights: the same one gives the same files.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand weights instead of the real size.")] = False,

@@ -14,6 +14,9 @@ Form of every message: ``place: what is wrong; got X, expected Y. Fix.``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ExporterError(Exception):
     """Base of everything a user can fix; printed without a traceback."""
@@ -61,6 +64,29 @@ class Interrupted(ExporterError):  # noqa: N818
     """The user stopped the run; what was finished stays."""
 
     exit_code = 130
+
+
+class Findings:
+    """Problems that do not depend on each other, gathered so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[ExporterError] = []
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Keep what is wrong with the input and go on behind the block; other errors pass."""
+        try:
+            yield
+        except (RecipeError, SourceError, ArtifactError) as error:
+            self.errors.append(error)
+
+    def raise_all(self) -> None:
+        """Raise what was gathered: a single problem as it is, several as one RecipeError with a line for each."""
+        lines = dict.fromkeys(str(error) for error in self.errors)
+        if len(lines) == 1:
+            raise self.errors[0]
+        if lines:
+            raise RecipeError("\n".join(lines))
 
 
 EXIT_ORDER = (1, 2, 4, 5, 3)

@@ -1,45 +1,55 @@
 """What a run will take, from the shapes of its networks and a short test of this machine; and what it took.
 
-Networks are built without memory and called on the meta device, which tells operations and the widest tensor. The
-constants were fitted to runs of the embedded model on two cores; the record of every run holds both sides.
+A run is a sequence of phases. Memory is that of the largest one, time their sum. The constants were fitted to the
+seconds of processor time and to the resident memory of every phase of runs of three sizes (a pipeline of 0.3 M
+parameters, the embedded model of 17 M, a U-Net of 76 M at 256 px), and looked at on SD 1.5. The record of every run
+holds both sides, expected and got, so that they can be fitted again.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+import psutil
 
+from exporter.costs import MIB, Machine, Network, cost_of, machine
+from exporter.lowering.engine import PARITY_CALLS, Column
 from exporter.lowering.options import ExportOptions
-from exporter.lowering.wrappers import Sizes, example_feeds, wrap
-from exporter.metrics.size import own_peak_rss_mib
-from exporter.networks.components import Component
+from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.networks.source import SourceFacts
-from exporter.networks.storage import build_network
 from exporter.recipe import Recipe, StageSpec
-from exporter.states import components_of, is_guided_by_rows
+from exporter.states import components_of, is_guided_by_rows, scheduler_of, vae_scale
 
-MIB = 2**20
 _DENOISER = "denoiser"
-_FLOAT = 4
-_TEST_S, _LEAST_SHARE = 0.4, 0.1
-_REACHED = 0.5  # of the test's speed, by whole networks
-_TRACE_S = 0.03  # of tracing and tidying, per weight of a network
-_CELL_S, _STATE_S, _START_S = 8.0, 2.0, 12.0
+_INLINE_MIB = ExportOptions().external_bytes / MIB  # up to here a graph holds its weights itself
+
+# Memory, MiB.
+_LIBRARIES_MIB = 250  # of runtimes, exporter and drawing, which are loaded as the run goes on
+_TORCH_WIDE = 8.0  # tensors as wide as the widest that torch has alive at a time
+_ENGINE_WIDE = 4.0  # the same of a runtime, which keeps them between two calls
+_INLINE_COPIES = 5.5  # of weights in a graph: torch's, the graph's, the file's, the session's
+_TRAINED = 5.0  # weights, gradients, two moments and an average
+_LEFT_MIB, _LEFT_COPIES, _LEFT_MOST_MIB = 40.0, 2.5, 120.0  # what a state leaves in the heap; larger tensors leave none
+
+# Seconds of one core, on a machine to itself.
+_REACHED = {"torch": 0.55, "openvino": 0.65, "onnxruntime": 0.42}  # of the test's speed, by whole networks
+_REACHED_OTHERS = 0.5
+_PIXEL_S = 1e-5  # of comparing two images, SSIM above all
+_TORCH_S, _CALL_S, _CALL_WEIGHT_S = 3e-5, 3e-3, 1e-5  # beside the operations: per weight in torch; of an engine's call
+_TRACE_S, _EXPORT_S = 0.02, 0.7  # of tracing and tidying: per weight of a network, and for each
+_COMPILE_S = 0.3  # of starting a process and its runtime
+_OPEN_S = {"openvino": 1.8e-3}  # of opening an engine, per weight; as long again to compile it
+_OPEN_OTHERS_S = 8e-4
+_START_S, _STATE_S, _CELL_S = 2.0, 0.6, 0.7
+_TRAINING_S = 2.5  # beside the steps: looking at the student before and after
 _BYTES_PER_S = 4e8  # copying, hashing and syncing
-_LIBRARIES_MIB = 500  # of runtimes, judges and drawing, which are loaded as the run goes on
-_ENGINE = 2.2  # memory of a loaded engine over its weights: the mapped file, and the runtime's own layout of it
-_TUNED = 5.0  # weights, gradients, two moments and an average
-_WIDEST = 8.0  # tensors as wide as the widest that are alive at a time
-_INLINE = ExportOptions().external_bytes
-_TOKENS = 77  # of a text whose encoder does not say
+_BF16 = 0.6  # of the time in f32
+
+# What `exporter.metrics.latency.Timer` does: calls of warm-up and samples, and the fewest where its budget is short.
+_TIMED_CALLS, _FEWEST_CALLS = 42, 4
 
 
 @dataclass(frozen=True)
@@ -47,34 +57,46 @@ class Forecast:
     """What a run is expected to take.
 
     Attributes:
-        memory_mib: most resident memory of one process, mapped weights counted.
-        unmapped_mib: of it, what the system cannot take back.
+        memory_mib: most resident memory of one process.
+        needed_mib: of it, what the process does not have yet.
         disk_mib: written, files that several folders share once.
         seconds: of a run that finds nothing done.
+        phase: the phase that takes the most memory, in words.
     """
 
     memory_mib: int
-    unmapped_mib: int
+    needed_mib: int
     disk_mib: int
     seconds: int
+    phase: str
 
 
 @dataclass(frozen=True)
-class Network:
-    """What one call of a component costs.
+class _Job:
+    """What the parts of the estimate are made from.
 
     Attributes:
-        flops: floating-point operations, at the recipe's rows and size.
-        widest: elements of the widest tensor between two layers.
-        weights: how many tensors its state dict has.
-        mib: of its weights in float32; `stored_mib` as they are stored.
+        recipe: the recipe.
+        networks: of the dense state, by component, the denoiser as such.
+        kept: for every measured state, by its id, how much of the dense denoiser is left.
+        columns: the usable targets.
+        calls: denoiser calls per image.
+        latent: side of the latent.
+        pixels: of an image.
     """
 
-    flops: float
-    widest: int
-    weights: int
-    mib: float
-    stored_mib: float
+    recipe: Recipe
+    networks: Mapping[str, Network]
+    kept: Mapping[str, float]
+    columns: tuple[Column, ...]
+    calls: int
+    latent: int
+    pixels: int
+
+    @property
+    def tunes(self) -> list[StageSpec]:
+        """The stages that train."""
+        return [stage for stage in self.recipe.stages if stage.kind == "tune"]
 
 
 def compare(forecast: Forecast, *, memory_mib: float, disk_mib: float, seconds: float) -> dict[str, dict[str, float]]:
@@ -90,8 +112,14 @@ def compare(forecast: Forecast, *, memory_mib: float, disk_mib: float, seconds: 
     }
 
 
-def forecast(  # noqa: PLR0913 - a plan's parts
-    recipe: Recipe, facts: SourceFacts, source: Path, *, latent: int, states: int, measured: int, columns: list[str]
+def forecast(
+    recipe: Recipe,
+    facts: SourceFacts,
+    source: Path,
+    *,
+    latent: int,
+    measured: tuple[str, ...],
+    columns: tuple[Column, ...],
 ) -> Forecast:
     """Return what a run is expected to take.
 
@@ -100,123 +128,203 @@ def forecast(  # noqa: PLR0913 - a plan's parts
         facts: of the source.
         source: its folder.
         latent: side of the latent.
-        states: how many states are made; `measured` how many of them are lowered and measured.
-        columns: target types of the usable targets.
-        measured: see `states`.
+        measured: ids of the states that are lowered and measured.
+        columns: the usable targets.
     """
-    known = components_of(source)
-    rows = recipe.sampling.batch * (2 if is_guided_by_rows(source, recipe.sampling.guidance) else 1)
-    networks = {
-        _DENOISER if part.role == _DENOISER else part.name: _network(part, source, facts, rows, latent)
-        for part in known
-    }
-    tuned = [stage for stage in recipe.stages if stage.kind == "tune"]
-    memory, mapped = _memory(networks, bool(tuned), states)
-    disk = _disk(recipe, networks, latent, measured, columns)
-    seconds = _seconds(recipe, networks, rows, measured, len(columns)) + disk * MIB / _BYTES_PER_S + states * _STATE_S
-    return Forecast(int(memory), int(memory - mapped), int(disk), int(seconds))
+    batch = recipe.sampling.batch
+    rows = batch * (2 if is_guided_by_rows(source, recipe.sampling.guidance) else 1)
+    networks = {}
+    for part in components_of(source, recipe.export.requested):
+        role = _DENOISER if part.role == _DENOISER else part.name
+        stored = facts.sizes.get(part.name, facts.sizes.get("vae_decoder", 0))  # a VAE's halves share a folder
+        networks[role] = cost_of(part, source, stored, rows if role == _DENOISER else batch, latent)
+    kept = {state: _kept(recipe, state) for state in measured}
+    calls = _calls(recipe, scheduler_of(source))
+    job = _Job(recipe, networks, kept, columns, calls, latent, (latent * vae_scale(source)) ** 2)
+    here, own = machine(), psutil.Process().memory_info().rss / MIB
+    phases = _memory(job)
+    phase = max(phases, key=lambda name: phases[name])
+    disk = _disk(job)
+    seconds = (_seconds(job, here) + disk * MIB / _BYTES_PER_S) / here.share
+    needed = _LIBRARIES_MIB + phases[phase]
+    return Forecast(int(own + needed), int(needed), int(disk), int(seconds), phase)
 
 
-def _network(part: Component, source: Path, facts: SourceFacts, rows: int, latent: int) -> Network:
-    module = build_network(source / part.folder, cls=part.cls)
-    module = nn.Module.to(module, torch.device("meta"), torch.float32).eval()
-    flops, widest = _text_cost(module, rows) if part.role == "text" else _traced_cost(module, rows, latent)
-    mib = facts.parameters[part.name] * _FLOAT / MIB
-    return Network(flops, widest, len(module.state_dict()), mib, facts.sizes[part.name] / MIB)
+def _kept(recipe: Recipe, state: str) -> float:
+    """Return what a state has left of the denoiser's weights, as far as the recipe's ratios tell."""
+    done = recipe.stages[: recipe.state_ids.index(state)]
+    ratio = 1.0
+    for stage in done:
+        of_denoiser = stage.options.get("component", _DENOISER) in (_DENOISER, "unet", "transformer")
+        ratio *= float(stage.options.get("keep_ratio", 1.0)) if of_denoiser else 1.0
+    return ratio
 
 
-def _text_cost(module: nn.Module, rows: int) -> tuple[float, int]:
-    """Return operations and widest tensor of a text encoder, by its layers: T5 reads its mask's values."""
-    tokens = int(getattr(module.config, "max_position_embeddings", _TOKENS))
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    flops = 2.0 * rows * tokens * sum(layer.weight.numel() for layer in layers)
-    return flops, rows * tokens * max((layer.out_features for layer in layers), default=0)
+def _calls(recipe: Recipe, own_scheduler: str) -> int:
+    """Return how often the denoiser is asked for one image: some schedulers ask more often than they step."""
+    steps = recipe.sampling.steps
+    if recipe.sampling.scheduler != "source":
+        return steps
+    return {"PNDMScheduler": steps + 1, "HeunDiscreteScheduler": 2 * steps - 1}.get(own_scheduler, steps)
 
 
-def _traced_cost(module: nn.Module, rows: int, latent: int) -> tuple[float, int]:
-    widest = [0]
+def _memory(job: _Job) -> dict[str, float]:
+    """Return what each phase needs beside the program and its libraries, MiB."""
+    networks, denoiser = job.networks, job.networks[_DENOISER]
+    whole = sum(network.whole_mib for name, network in networks.items() if name != "vae_encoder")
+    left = _LEFT_MIB + _LEFT_COPIES * min(denoiser.mib, _LEFT_MOST_MIB)
+    phases = {"drawing with the dense pipeline": whole + _TORCH_WIDE * max(n.widest_mib for n in networks.values())}
+    for name, network in networks.items():
+        inline = _INLINE_COPIES * network.mib if network.mib <= _INLINE_MIB else 0.0
+        phases[f"exporting {name}"] = max(inline, network.whole_mib + _TORCH_WIDE * network.widest_mib)
+    # Fidelity asks the decoder in torch for all compared images at once, before any engine is open.
+    together = max(1.0, min(job.recipe.measure.calls, job.recipe.measure.images) / job.recipe.sampling.batch)
+    beside = max(
+        network.whole_mib + _TORCH_WIDE * network.widest_mib * (1.0 if name == _DENOISER else together)
+        for name, network in networks.items()
+    )
+    pixels, images = job.pixels, job.recipe.measure.images
+    judging = SSIM_BYTES * pixels * at_once(images, pixels) / MIB
+    for column in job.columns:
+        for index, (state, kept) in enumerate(job.kept.items()):
+            place = f"measuring {state} on {column.name}"
+            open_ones = [
+                _session(network, column, kept if name == _DENOISER else 1.0) for name, network in job.networks.items()
+            ]
+            phases[place] = max(beside, sum(open_ones) + judging) + left * index
+            if index:  # timed beside the dense engine, component by component; the earlier ones are closed by then
+                pairs = [
+                    sum(open_ones[at:]) + _session(network, column, 1.0)
+                    for at, network in enumerate(job.networks.values())
+                ]
+                phases[place] = max(phases[place], max(pairs) + left * index)
+    for stage in job.tunes:
+        batch = float(stage.options.get("batch", 16))
+        rows = job.recipe.sampling.batch * 2
+        training = _TRAINED * denoiser.mib + 2 * denoiser.kept_mib * batch / rows
+        phases["tuning"] = whole + training + left * max(len(job.kept) - 1, 0)
+    return phases
 
-    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            widest[0] = max(widest[0], output.numel())
 
-    hooks = [leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())]
-    feeds = example_feeds(module, Sizes(rows, latent, _TOKENS))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        wrap(module)(*feeds)
-    for hook in hooks:
-        hook.remove()
-    return float(counter.get_total_flops()), widest[0]
-
-
-def _memory(networks: Mapping[str, Network], tunes: bool, states: int) -> tuple[float, float]:
-    """Return the most resident MiB of one process and how much of it is mapped weights."""
-    whole = sum(network.mib for network in networks.values())
-    largest = max(network.mib for network in networks.values())
-    wide = max(network.widest for network in networks.values()) * _FLOAT * _WIDEST / MIB
-    engines = _ENGINE * whole * (2 if states > 1 else 1)  # each is timed beside the dense one
-    measuring = engines + largest
-    tuning = whole + _TUNED * largest + wide if tunes else 0.0
-    mapped = whole * (2 if states > 1 else 1) if measuring > tuning else 0.0
-    return own_peak_rss_mib() + _LIBRARIES_MIB + wide + max(measuring, tuning, whole), mapped
+def _session(network: Network, column: Column, kept: float) -> float:
+    """Return the memory of a loaded engine: weights as the runtime lays them out, and its scratch space."""
+    file = _file_mib(network, column)
+    scratch = _ENGINE_WIDE * network.widest_mib
+    if column.target.type == "onnxruntime":
+        weights = 1.25 * network.mib + (file if file < 0.9 * network.mib else 0.0)  # some packed again; widened
+        return kept * weights + scratch + 2.5 * network.scores_mib
+    narrow = 0.5 if _is_narrow(column) else 1.0
+    # Attention is fused, in tiles.
+    return kept * (file + narrow * network.mib) + scratch + 0.3 * network.scores_mib
 
 
-def _disk(recipe: Recipe, networks: Mapping[str, Network], latent: int, measured: int, columns: list[str]) -> float:
+def _file_mib(network: Network, column: Column) -> float:
+    """Return the weights in an engine's files: graphs with weights inside hold float32, others point at the state's."""
+    options = asdict(column.options)
+    if options.get("f16_weights"):
+        return network.mib / 2
+    return network.mib if network.mib <= _INLINE_MIB or options.get("weights") == "own" else network.stored_mib
+
+
+def _is_narrow(column: Column) -> bool:
+    return str(asdict(column.options).get("precision", "f32")) != "f32"
+
+
+def _disk(job: _Job) -> float:
     """Return the MiB that are written: states, graphs and engines with weights of their own, recordings, images."""
-    whole = sum(network.stored_mib for network in networks.values())
-    edited = networks[_DENOISER].stored_mib
-    kept, edits = 1.0, []
-    for stage in recipe.stages:
-        kept *= float(stage.options.get("keep_ratio", 1.0))
-        edits.append(edited * kept)
-    lowered = [network.mib for network in networks.values()]
-    lowered += [size * networks[_DENOISER].mib / edited for size in edits[: max(measured - 1, 0)]]
-    own = sum(size for size in lowered if size * MIB <= _INLINE)  # larger ones point into their state
-    copies = sum(1 for column in columns if column != "onnxruntime")
-    steps, images = recipe.sampling.steps, recipe.measure.images
-    recorded = images * (steps * 3 * 4 * latent**2 + 2 * 77 * 1024) * _FLOAT / MIB
-    drawn = images * (1 + measured * len(columns)) * (8 * latent) ** 2 * 2 / MIB
-    return whole + sum(edits) + own + copies * sum(lowered) + recorded + drawn + 5
+    recipe, denoiser = job.recipe, job.networks[_DENOISER]
+    halves = ("vae_encoder", "vae_decoder")
+    states = sum(n.stored_mib * n.whole_mib / n.mib if name in halves else n.stored_mib for name, n in _parts(job))
+    for index in range(len(recipe.stages)):
+        states += denoiser.stored_mib * _kept(recipe, recipe.state_ids[index + 1])
+    lowered = [(network, 1.0) for network in job.networks.values()]
+    lowered += [(denoiser, kept) for kept in list(job.kept.values())[1:]]
+    graphs = sum(
+        share * (network.mib if network.mib * share <= _INLINE_MIB else 0.0) + 1e-3 * network.weights
+        for network, share in lowered
+    )
+    engines = sum(
+        share * _file_mib(network, column) + 2e-3 * network.weights
+        for column in job.columns
+        for network, share in lowered
+        if column.target.type != "onnxruntime" or "own" in asdict(column.options).values()
+    )
+    images, latent = recipe.measure.images, job.latent
+    recorded = images * (job.calls * 4 * 4 * latent**2 + 2 * 77 * 1024) * 4 / MIB
+    drawn = images * (1 + len(job.kept) * len(job.columns)) * job.pixels * 2 / MIB
+    return states + graphs + engines + recorded + drawn + 1.5
 
 
-def _seconds(recipe: Recipe, networks: Mapping[str, Network], rows: int, measured: int, columns: int) -> float:
-    best, share = _speed()
-    call = {role: network.flops / (best * _REACHED) + 0.002 for role, network in networks.items()}
-    denoiser, once = call[_DENOISER], sum(call.values())
-    sampling, measure = recipe.sampling, recipe.measure
-    drawing = ceil(measure.images / sampling.batch) * (sampling.steps * denoiser + once)
-    answering = ceil(measure.calls / sampling.batch) * sampling.steps * denoiser
-    budget = measure.latency_seconds
-    timing = sum(min(budget, 80 * each) for each in call.values())
-    exported = sum(network.weights for network in networks.values()) + (measured - 1) * networks[_DENOISER].weights
-    parity = (measured + 2) * 12 * denoiser
-    cells = measured * columns * (_CELL_S + answering + drawing + timing)
-    tuning = sum(_tuning(stage, recipe, denoiser / rows) for stage in recipe.stages if stage.kind == "tune")
-    work = _START_S + drawing + measured * answering + exported * _TRACE_S + parity + cells + tuning
-    return work / share
+def _parts(job: _Job) -> list[tuple[str, Network]]:
+    """Return the networks whose folders a state has: an autoencoder once."""
+    return [(name, network) for name, network in job.networks.items() if name != "vae_encoder"]
 
 
-def _tuning(stage: StageSpec, recipe: Recipe, row: float) -> float:
+def _seconds(job: _Job, here: Machine) -> float:
+    """Return the seconds of a run on this machine to itself, without writing its files."""
+    recipe, denoiser = job.recipe, job.networks[_DENOISER]
+    batches = ceil(recipe.measure.images / recipe.sampling.batch)
+    compared = ceil(min(recipe.measure.calls, recipe.measure.images) / recipe.sampling.batch) * job.calls
+    torch_s = {name: _torch_call(network, here) for name, network in job.networks.items()}
+    once = sum(torch_s.values()) - torch_s[_DENOISER]
+    drawing = batches * (job.calls * torch_s[_DENOISER] + once)
+    exported = [*job.networks.values(), *[denoiser] * (len(job.kept) - 1)]
+    exporting = sum(_EXPORT_S + _TRACE_S * network.weights for network in exported) * here.pace
+    parity = 2 * (once + len(job.kept) * min(PARITY_CALLS, job.calls) * torch_s[_DENOISER])
+    answers = len(job.kept) * compared * torch_s[_DENOISER] + once * compared / job.calls
+    cells = sum(
+        _cell(job, here, column, kept, first=index == 0)
+        for column in job.columns
+        for index, kept in enumerate(job.kept.values())
+    )
+    row = torch_s[_DENOISER] / (2 * recipe.sampling.batch)
+    tuning = sum(_tuning(stage, job.calls, row) for stage in job.tunes)
+    states = _START_S + _STATE_S * (1 + len(recipe.stages))
+    return (states * here.pace) + drawing + exporting + parity + answers + cells + tuning
+
+
+def _torch_call(network: Network, here: Machine) -> float:
+    return network.flops / (here.flops * here.threads * _REACHED["torch"]) + _TORCH_S * network.weights * here.pace
+
+
+def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool) -> float:
+    """Return the seconds of one cell: compile, open, answer, draw, time, and open again in a process of its own."""
+    recipe, networks = job.recipe, job.networks
+    threads = asdict(column.options).get("threads") or here.cores
+    narrow = _BF16 if _is_narrow(column) else 1.0
+    reached = _REACHED.get(column.target.type, _REACHED_OTHERS)
+    share = {name: kept if name == _DENOISER else 1.0 for name in networks}
+    call = {
+        name: narrow * share[name] * network.flops / (here.flops * threads * reached)
+        + (_CALL_S + _CALL_WEIGHT_S * network.weights) * here.pace
+        for name, network in networks.items()
+    }
+    opened = {
+        name: share[name] * network.mib * MIB / _BYTES_PER_S
+        + _OPEN_S.get(column.target.type, _OPEN_OTHERS_S) * network.weights * here.pace
+        for name, network in networks.items()
+    }
+    made = networks if first else (_DENOISER,)
+    compiling = sum(_COMPILE_S * here.pace + opened[name] for name in made)
+    # Here and in the process that is weighed; dense beside it; for ONNX Runtime's profiler.
+    opening = sum(opened.values()) * (2 + (not first) + (column.target.type == "onnxruntime"))
+    batches = ceil(recipe.measure.images / recipe.sampling.batch)
+    compared = ceil(min(recipe.measure.calls, recipe.measure.images) / recipe.sampling.batch) * job.calls
+    # The others are asked for the compared images, for all images, and in the process that is weighed.
+    once = (sum(call.values()) - call[_DENOISER]) * (compared / job.calls + batches + 1)
+    calls = (compared + batches * job.calls + 1) * call[_DENOISER] + once
+    timing = sum(_timing(each * (1 if first else 2), recipe.measure.latency_seconds) for each in call.values())
+    judging = _PIXEL_S * job.pixels * recipe.measure.images
+    return _CELL_S * here.pace + judging + compiling + opening + calls + timing
+
+
+def _timing(call: float, budget: float) -> float:
+    return call * max(_FEWEST_CALLS, min(_TIMED_CALLS, budget / call))
+
+
+def _tuning(stage: StageSpec, calls: int, row: float) -> float:
     """Return the seconds of a tuning stage: data from the dense pipeline, then passes of teacher and student."""
     options = stage.options
-    made = int(options.get("samples", 128)) * recipe.sampling.steps * 2 * row if "data" not in options else 0.0
+    made = int(options.get("samples", 128)) * calls * 2 * row if "data" not in options else 0.0
     batch = int(options.get("batch", 16)) * int(options.get("accumulate", 1))
-    return made + int(options.get("steps", 0)) * batch * 4 * row
-
-
-def _speed() -> tuple[float, float]:
-    """Return floating-point operations per second of a convolution, the best of some tries, and our share of the time.
-
-    Where others work on the same processors everything takes longer, what is no convolution too.
-    """
-    image, weight = torch.zeros(2, 64, 32, 32), torch.zeros(64, 64, 3, 3)
-    work, best = 2.0 * 2 * 64 * 64 * 9 * 32 * 32, float("inf")
-    with torch.no_grad():
-        torch.nn.functional.conv2d(image, weight, padding=1)
-        begun, busy = time.perf_counter(), time.process_time()
-        while (passed := time.perf_counter() - begun) < _TEST_S:
-            started = time.perf_counter()
-            torch.nn.functional.conv2d(image, weight, padding=1)
-            best = min(best, time.perf_counter() - started)
-    share = (time.process_time() - busy) / passed / torch.get_num_threads()
-    return work / best, min(max(share, _LEAST_SHARE), 1.0)
+    return _TRAINING_S + made + int(options.get("steps", 0)) * batch * 4 * row

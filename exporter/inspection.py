@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +16,13 @@ from exporter.artifact import MANIFEST, Artifact, open_artifact
 from exporter.errors import ArtifactError, RecipeError
 from exporter.pruners import PRUNERS
 from exporter.recipe import Recipe
+from exporter.report.formatting import count, plural, printable, quantity
 from exporter.tuning import TUNERS
-from exporter.validation import options_schema
+from exporter.validation import flat, options_schema
+
+_WIDTH = 120
+_SCALED = ("size_bytes", "parameters")
+"""Facts whose numbers are read in thousands and millions."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +134,37 @@ def _data(artifact: Artifact) -> dict[str, Any]:
 
 
 def _text(artifact: Artifact) -> str:
-    data = _data(artifact)
-    lines = [
-        f"{data['kind']} {data['name']}: intact, {data['files']} files, {data['bytes'] / 1e6:.1f} MB",
-        f"  digest  {data['digest']}",
-        f"  parent  {data['parent'] or 'none'}",
-    ]
-    for name, value in data["facts"].items():
-        text = str(value)
-        lines.append(f"  {name:<13} {text if len(text) <= 160 else text[:157] + '...'}")
+    manifest, facts = artifact.manifest, dict(artifact.manifest.facts)
+    size = sum(fact.size for fact in manifest.files.values())
+    title = f"{manifest.kind} {manifest.name}"
+    if manifest.kind == "engine" and "state" in facts:
+        title = f"engine of {facts['state']} for {manifest.name}"
+    inner = facts.pop("facts", {})
+    rows = {"folder": str(artifact.path), "digest": manifest.digest, "parent": manifest.parent, **facts, **inner}
+    rows |= {"made with": manifest.made} if manifest.made else {}
+    lines = [f"{title}: intact, {plural(len(manifest.files), 'file')}, {quantity(size, 'bytes')}"]
+    for name, value in rows.items():
+        first, rest = f"  {name.replace('_', ' '):<16} ", " " * 19
+        lines += textwrap.wrap(
+            _words(name, value), _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False
+        )
     return "\n".join(lines)
+
+
+def _words(name: str, value: Any) -> str:
+    """Return a value of a manifest for people: no quotes, no brackets, numbers with their units."""
+    if isinstance(value, Mapping):
+        parts = [
+            f"{key}: {_words(key, inner)}" if isinstance(inner, Mapping) else f"{key} {_words(name, inner)}"
+            for key, inner in value.items()
+        ]
+        return ", ".join(parts) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(name, item) for item in value) or "none"
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name in _SCALED:
+        return quantity(value, "bytes") if name == "size_bytes" else count(value)
+    return f"{value:.6g}" if isinstance(value, float) else flat(printable(value))

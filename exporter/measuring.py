@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
-from exporter.lowering.wrappers import MAIN_OUTPUTS, signature, wrap
+from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
     Answer,
     Answers,
@@ -68,7 +68,7 @@ def measure_cell(
     found: list[Measurement] = []
     evidence: dict[str, Any] = {}
     fed: dict[str, dict[str, Array]] = {}
-    known = components_of(state.path)
+    known = components_of(state.path, facts.components)
     with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
         for component in known:
             _in_torch(state, component, bench)
@@ -109,7 +109,7 @@ def measure_cell(
 def _answers(state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench) -> list[Measurement]:
     """Put the recorded calls to every component: against its state in torch, and against dense."""
     found: list[Measurement] = []
-    for component in components_of(state.path):
+    for component in components_of(state.path, sessions):
         session = sessions[component.name]
         here = place.at(component.name)
         got = _ask_component(component, lambda feeds, session=session: run_batched(session, feeds), state.path, bench)  # type: ignore[misc]
@@ -131,9 +131,9 @@ def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
 
 
 def _in_torch(state: Artifact, component: Component, bench: Bench) -> Answers | Array:
-    digest = state.part_digest(component.folder)
+    digest = f"{component.name} {state.part_digest(component.folder)}"  # a VAE's two halves share a folder
     if digest not in bench.torch_answers:
-        network = load_network(state.path / component.folder, cls=component.cls)
+        network = part_of(component, load_network(state.path / component.folder, cls=component.cls))
         names, module = signature(network), wrap(network)
 
         def answer(feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,20 @@ import psutil
 import targets
 from exporter import __version__
 from exporter.artifact import digest_of
-from exporter.errors import ExporterError, RecipeError, SourceError, ToolMissing
+from exporter.errors import ExporterError, Findings, RecipeError, SourceError, ToolMissing
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.metrics.size import size_bytes
-from exporter.networks.components import components, denoiser
+from exporter.networks.components import check_requested, components
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
-from exporter.recipe import Recipe
+from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
-from exporter.sampling import check_prompts, check_sampling
-from exporter.states import config_of, image_size, vae_scale
+from exporter.room import check_disk, check_memory
+from exporter.sampling import check_open_sizes, check_prompts, check_sampling
+from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options
 from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
@@ -34,7 +34,6 @@ from targets.base import TargetError, TargetMissing
 
 if TYPE_CHECKING:
     from exporter.forecast import Forecast
-
 _UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
 
 
@@ -95,7 +94,7 @@ class Plan:
             return ["Forecast  none: everything is there"]
         free = psutil.virtual_memory().available >> 20
         return [
-            f"Memory    about {self.expected.memory_mib} MiB at the peak; {free} MiB are free",
+            f"Memory    about {self.expected.memory_mib} MiB at the peak, {self.expected.phase}; {free} MiB are free",
             f"Disk      about {self.expected.disk_mib} MiB",
             f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
         ]
@@ -115,6 +114,8 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     states: tuple[str, ...] | None = None,
     memo: FileMemo | None = None,
     resume: bool = False,
+    found: Findings | None = None,
+    ignore_memory: bool = False,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -126,46 +127,90 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
         states: ids of the states to measure; None for the recipe's.
         memo: what is known of the source's files; by default what runs in `out` found out.
         resume: forecast nothing where the same run came to its end in `out`.
+        found: what is known to be wrong already; independent problems are raised together.
+        ignore_memory: accept a run that is not expected to fit into memory; the plan notes it.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
         SourceError: the source is missing, damaged or unsupported.
     """
+    found = found or Findings()
     made, last = _extent(recipe, until)
     measured = _measured(recipe, made, states)
-    source = open_source(_source_of(recipe), variant=recipe.source.variant)
     for index in range(len(recipe.stages)):
-        stage_options(recipe, index)
+        with found.gather():
+            stage_options(recipe, index)
+    columns, problems = _columns(recipe, targets, found)
+    for index, gate in enumerate(recipe.gates):
+        with found.gather():
+            _gate(index, gate)
+    prompts: tuple[str, ...] = ()
+    with found.gather():
+        prompts = _prompts(recipe)
     memo = memo or FileMemo.load(out)
-    facts = check_source(source, _choice_of(recipe, memo), memo)
-    _check_stages(recipe, facts, source)
-    _check_shapes(recipe, facts, source)
-    prompts = prompt_set(recipe.measure.prompts)
-    if len(prompts.prompts) < recipe.measure.images:
-        msg = (
-            f"measure.images: got {recipe.measure.images}, but '{recipe.measure.prompts}' has "
-            f"{len(prompts.prompts)} prompts, expected at most as many. Lower images or give more prompts."
-        )
-        raise RecipeError(msg)
-    check_prompts(prompts.prompts[: recipe.measure.images], source)
-    columns, problems = _columns(recipe, targets)
-    parse_gates(recipe)
+    with found.gather():
+        source = open_source(_source_of(recipe), variant=recipe.source.variant)
+        facts = check_source(source, _choice_of(recipe, memo), memo)
+        _check_fit(recipe, facts, source, prompts, found)
+    found.raise_all()
     key = digest_of([__version__, recipe.model_dump(mode="json"), facts.digest, last, made, measured, targets])
     plan = Plan(made, measured, columns, problems, last, source, facts, None, key, facts.notes)
-    return plan if resume and is_finished(out, key) else _forecast(plan, recipe, out)
+    return plan if resume and is_finished(out, key) else _forecast(plan, recipe, out, ignore_memory=ignore_memory)
 
 
-def _forecast(plan: Plan, recipe: Recipe, out: Path) -> Plan:
+def _forecast(plan: Plan, recipe: Recipe, out: Path, *, ignore_memory: bool) -> Plan:
     """Return the plan with what it will take; a run that would not fit is refused."""
     from exporter.forecast import forecast  # seconds to import and to compute
 
     latent = image_size(recipe.sampling.size, plan.source) // vae_scale(plan.source)
-    types = [column.target.type for column in plan.columns]
-    counts = {"states": len(plan.states), "measured": len(plan.measured)}
-    expected = forecast(recipe, plan.facts, plan.source, latent=latent, columns=types, **counts)
-    sizes = plan.facts.parameters
-    _room(out, expected, recipe, max(sizes, key=lambda name: sizes[name]))
-    return replace(plan, expected=expected)
+    expected = forecast(recipe, plan.facts, plan.source, latent=latent, measured=plan.measured, columns=plan.columns)
+    check_disk(out, expected)
+    notes = check_memory(expected, recipe, plan.facts, ignore=ignore_memory)
+    return replace(plan, expected=expected, notes=(*plan.notes, *notes))
+
+
+def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:
+    """Read a recipe and check it, as `check_recipe` does; what the file itself has wrong is told beside the rest.
+
+    Args:
+        path: the YAML file.
+        settings: changes, as for `read_recipe`.
+        out: the run's folder; None for ``runs/NAME``.
+
+    Raises:
+        RecipeError, SourceError: as `read_recipe` and `check_recipe`, independent problems together.
+    """
+    found = Findings()
+    recipe = read_mended(path, settings, found)
+    if recipe is None:
+        found.raise_all()
+    assert recipe is not None
+    return check_recipe(recipe, out or Path("runs") / recipe.name, found=found)
+
+
+def _prompts(recipe: Recipe) -> tuple[str, ...]:
+    prompts = prompt_set(recipe.measure.prompts).prompts
+    if len(prompts) < recipe.measure.images:
+        msg = (
+            f"measure.images: got {recipe.measure.images}, but '{recipe.measure.prompts}' has "
+            f"{len(prompts)} prompts, expected at most as many. Lower images or give more prompts."
+        )
+        raise RecipeError(msg)
+    return prompts[: recipe.measure.images]
+
+
+def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[str, ...], found: Findings) -> None:
+    """Gather what the recipe asks of its source that this one does not have."""
+    with found.gather():
+        check_requested(facts.pipeline_class, recipe.export.requested)
+    with found.gather():
+        _check_stages(recipe, facts)
+    with found.gather():
+        check_sampling(recipe.sampling, source)
+        if recipe.shapes is not None:
+            check_open_sizes(recipe.shapes.size, recipe.sampling, source)
+    with found.gather():
+        check_prompts(prompts, source)
 
 
 def _extent(recipe: Recipe, until: str | None) -> tuple[tuple[str, ...], str]:
@@ -194,7 +239,9 @@ def _measured(recipe: Recipe, made: tuple[str, ...], states: tuple[str, ...] | N
     return tuple(name for name in made if name in chosen)
 
 
-def _columns(recipe: Recipe, chosen: tuple[str, ...] | None) -> tuple[tuple[Column, ...], dict[str, ExporterError]]:
+def _columns(
+    recipe: Recipe, chosen: tuple[str, ...] | None, found: Findings
+) -> tuple[tuple[Column, ...], dict[str, ExporterError]]:
     for name in chosen or ():
         if name not in recipe.targets:
             msg = f"--targets: got '{name}', expected {one_of(recipe.targets)}.{hint(name, recipe.targets)}"
@@ -204,26 +251,31 @@ def _columns(recipe: Recipe, chosen: tuple[str, ...] | None) -> tuple[tuple[Colu
     for name, spec in recipe.targets.items():
         if chosen is not None and name not in chosen:
             continue
-        if spec.type not in targets.TARGETS:
-            known = targets.TARGETS
-            msg = f"targets.{name}.type: got '{spec.type}', expected {one_of(known)}.{hint(spec.type, known)}"
-            raise RecipeError(msg)
-        target = targets.target(spec.type)
-        options: Any = options_from(target.options, spec.given, f"targets.{name}")
-        here = target.capabilities()
-        if not here.available:
-            problems[name] = ToolMissing(f"target {name}: {here.reason} Run: {here.install}")
-            continue
         try:
-            target.check(options)
-        except TargetMissing as error:
-            problems[name] = ToolMissing(f"target {name}: {error}")
-        except TargetError as error:
-            msg = f"targets.{name}: {error}"
-            raise RecipeError(msg) from error
-        else:
-            columns.append(Column(name, target, options))
+            with found.gather():
+                columns.append(_column(name, spec))
+        except ToolMissing as error:
+            problems[name] = error
     return tuple(columns), problems
+
+
+def _column(name: str, spec: TargetSpec) -> Column:
+    if spec.type not in targets.TARGETS:
+        known = targets.TARGETS
+        msg = f"targets.{name}.type: got '{spec.type}', expected {one_of(known)}.{hint(spec.type, known)}"
+        raise RecipeError(msg)
+    target = targets.target(spec.type)
+    options: Any = options_from(target.options, spec.given, f"targets.{name}")
+    here = target.capabilities()
+    if not here.available:
+        raise ToolMissing(f"target {name}: {here.reason} Run: {here.install}")
+    try:
+        target.check(options)
+    except TargetMissing as error:
+        raise ToolMissing(f"target {name}: {error}") from error
+    except TargetError as error:
+        raise RecipeError(f"targets.{name}: {error}") from error
+    return Column(name, target, options)
 
 
 def parse_gates(recipe: Recipe) -> list[Gate]:
@@ -232,7 +284,11 @@ def parse_gates(recipe: Recipe) -> list[Gate]:
     Raises:
         RecipeError: an unknown metric, or a limit that cannot be read.
     """
-    return [Gate.parse(gate.model_dump(exclude_none=True), f"gates[{i}]") for i, gate in enumerate(recipe.gates)]
+    return [_gate(index, gate) for index, gate in enumerate(recipe.gates)]
+
+
+def _gate(index: int, gate: GateSpec) -> Gate:
+    return Gate.parse(gate.model_dump(exclude_none=True), f"gates[{index}]")
 
 
 def _source_of(recipe: Recipe) -> str | Path | dict[str, str]:
@@ -281,7 +337,7 @@ def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
     )
 
 
-def _check_stages(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
+def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
     names = {part.name for part in components(facts.pipeline_class)} | {"denoiser"}
     for index, stage in enumerate(recipe.stages):
         wanted = stage.options.get("component", "denoiser")
@@ -289,52 +345,3 @@ def _check_stages(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
             place = f"stages[{index}].{stage.kind}.component"
             msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
             raise RecipeError(msg)
-    check_sampling(recipe.sampling, source)
-
-
-def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
-    """Refuse sizes that the network cannot halve as often as it does, and a range without the run's own size."""
-    if recipe.shapes is None:
-        return
-    levels = len(config_of(source / denoiser(facts.pipeline_class).folder).get("block_out_channels", ())) or 1
-    factor = vae_scale(source) * 2 ** (levels - 1)
-    for size in recipe.shapes.size:
-        if size % factor:
-            msg = (
-                f"shapes.size: got {size}, expected multiples of {factor}, which VAE and denoiser scale by. "
-                f"Write {max(factor, size // factor * factor)}."
-            )
-            raise RecipeError(msg)
-    own = image_size(recipe.sampling.size, source)
-    if recipe.shapes.size and not recipe.shapes.size[0] <= own <= recipe.shapes.size[-1]:
-        msg = (
-            f"shapes.size: got {list(recipe.shapes.size)}, expected a range that holds the source's own size, {own}. "
-            "Widen it, or set sampling.size."
-        )
-        raise RecipeError(msg)
-
-
-def _room(out: Path, expected: Forecast, recipe: Recipe, largest: str) -> None:
-    """Refuse a run that would not fit, with what to change."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free >> 20
-    written = size_bytes(out) >> 20 if out.is_dir() else 0
-    if expected.disk_mib - written > free:
-        msg = (
-            f"--out {out}: not enough room; got {free} MiB free, expected about {expected.disk_mib - written} MiB. "
-            "Give another folder, or free some space."
-        )
-        raise RecipeError(msg)
-    available = psutil.virtual_memory().available >> 20
-    if expected.unmapped_mib > available:
-        fixes = ["close other programs"]
-        if any(stage.kind == "tune" for stage in recipe.stages):
-            fixes.append("tune on a larger machine")
-        if recipe.sampling.batch > 1:
-            fixes.append("write sampling.batch: 1")
-        fixes.append(f"cut more of {largest} (keep_ratio)")
-        msg = (
-            f"memory: the run would not fit; got {available} MiB free, expected about {expected.unmapped_mib} MiB that "
-            f"cannot be paged out. To change that: {', or '.join(fixes)}."
-        )
-        raise RecipeError(msg)

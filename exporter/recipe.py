@@ -7,18 +7,17 @@ frozen dataclass with the same errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from exporter.errors import RecipeError
-from exporter.validation import flat, hint, one_of, problems
+from exporter.errors import Findings, RecipeError
+from exporter.validation import hint, one_of, problems
+from exporter.yaml_recipe import read_yaml, take_out
 
-_MAX_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 STAGES = {"prune": "pruned", "tune": "tuned"}
 """Stage -> the word its state's id ends with."""
@@ -91,6 +90,12 @@ class Export(_Part):
 
     opset: Annotated[int, Field(ge=18, le=23, description="ONNX opset")] = 20
     dynamic: bool = Field(False, description="dynamic batch and size; fixed shapes run faster")
+    vae_encoder: bool = Field(False, description="the VAE's encoder too, which drawing from an image needs")
+
+    @property
+    def requested(self) -> tuple[str, ...]:
+        """Names of the components on request."""
+        return ("vae_encoder",) if self.vae_encoder else ()
 
 
 class Shapes(_Part):
@@ -240,28 +245,27 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
+        wrong = []
         if self.shapes is not None:
             for key, values, own in (
                 ("batch", self.shapes.batch, self.sampling.batch),
                 ("size", self.shapes.size, self.sampling.size),
             ):
                 if values and own is not None and not values[0] <= own <= values[-1]:
-                    msg = f"shapes.{key}: got {list(values)}, expected a range that holds sampling.{key}, {own}"
-                    raise ValueError(msg)
+                    wrong.append(f"shapes.{key}: got {list(values)}, expected a range that holds sampling.{key}, {own}")
         for index, gate in enumerate(self.gates):
-            wanted = () if gate.targets == "all" else gate.targets
-            for name in wanted:
+            for name in () if gate.targets == "all" else gate.targets:
                 if name not in self.targets:
                     msg = f"gates[{index}].targets: got '{name}', expected {one_of(self.targets)}"
-                    raise ValueError(msg + hint(name, self.targets))
+                    wrong.append(msg + hint(name, self.targets))
             if gate.state not in (*self.state_ids, "all", "final"):
-                msg = f"gates[{index}].state: got '{gate.state}', expected {one_of([*self.state_ids, 'all', 'final'])}"
-                raise ValueError(msg)
-        if isinstance(self.measure.states, tuple):
-            for name in self.measure.states:
-                if name not in self.state_ids:
-                    msg = f"measure.states: got '{name}', expected all, final or a list of {one_of(self.state_ids)}"
-                    raise ValueError(msg)
+                known = one_of([*self.state_ids, "all", "final"])
+                wrong.append(f"gates[{index}].state: got '{gate.state}', expected {known}")
+        known = f"expected all, final or a list of {one_of(self.state_ids)}"
+        chosen = self.measure.states if isinstance(self.measure.states, tuple) else ()
+        wrong += [f"measure.states: got '{name}', {known}" for name in chosen if name not in self.state_ids]
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @property
@@ -311,71 +315,40 @@ def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: with one line per problem, each with its key path.
     """
-    place = path.name
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            msg = f"{path}: too large; got {path.stat().st_size} bytes, expected at most {_MAX_BYTES}. Is it a recipe?"
-            raise RecipeError(msg)
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: TID251 - a subclass of SafeLoader
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}. Check the path."
-        raise RecipeError(msg) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        msg = f"{path}: not valid YAML: {flat(str(error))}. Mend the line it names."
-        raise RecipeError(msg) from error
-    if not isinstance(raw, dict):
-        msg = f"{place}: got {type(raw).__name__}, expected a mapping with name, source, targets, ... See the README."
-        raise RecipeError(msg)
-    for setting in settings:
-        _apply(raw, setting)
+    found = Findings()
+    recipe = read_mended(path, settings, found)
+    found.raise_all()
+    assert recipe is not None
+    return recipe
+
+
+def read_mended(path: Path, settings: Iterable[str], found: Findings) -> Recipe | None:
+    """Read a recipe as far as it goes: what is wrong is gathered and left out, so that the rest can be checked too.
+
+    Args:
+        path: the YAML file.
+        settings: as for `read_recipe`.
+        found: takes one error per problem.
+
+    Returns:
+        The recipe without the keys that are wrong; None where it is none without them.
+
+    Raises:
+        RecipeError: the file cannot be read as a mapping.
+    """
+    raw = read_yaml(path, settings)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(problems(error, place, "", _keys_at))) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML itself would resolve silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping whose keys are unique."""
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _apply(raw: dict[str, Any], setting: str) -> None:
-    path, equals, text = setting.partition("=")
-    keys = [int(key) if key.isdigit() else key for key in re.sub(r"\[(\d+)\]", r".\1", path).split(".")]
-    if not equals or not path:
-        msg = f"--set {setting}: got no '=', expected KEY.PATH=VALUE, such as sampling.steps=10."
-        raise RecipeError(msg)
+        found.errors += [RecipeError(line) for line in problems(error, path.name, "", _keys_at)]
+        harmless = all(item["type"] == "extra_forbidden" for item in error.errors())
+        mendable = all(take_out(raw, item["loc"]) for item in error.errors())
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        msg = f"--set {setting}: the value is not valid YAML: {flat(str(error))}. Quote it."
-        raise RecipeError(msg) from error
-    here: Any = raw
-    for key in keys[:-1]:
-        if isinstance(key, int) and isinstance(here, list) and key < len(here):
-            here = here[key]
-        elif isinstance(key, str) and isinstance(here, dict):
-            here = here.setdefault(key, {})
-        else:
-            msg = f"--set {setting}: there is no '{key}' in that place of the recipe. Check the path."
-            raise RecipeError(msg)
-    last = keys[-1]
-    in_mapping = isinstance(here, dict) and isinstance(last, str)
-    in_list = isinstance(here, list) and isinstance(last, int) and last < len(here)
-    if in_mapping or in_list:
-        here[last] = value
-    else:
-        msg = f"--set {setting}: there is no '{last}' in that place of the recipe. Check the path."
-        raise RecipeError(msg)
+        return Recipe.model_validate(raw) if mendable else None
+    except ValidationError as error:
+        if harmless:  # unknown keys hide nothing but the checks of several keys together
+            found.errors += [RecipeError(line) for line in problems(error, path.name, "", _keys_at)]
+        return None
 
 
 def _plain(value: str) -> str:

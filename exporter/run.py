@@ -70,6 +70,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
+    ignore_memory: bool = False,
 ) -> RunRecord:
     """Carry out a recipe and write its report.
 
@@ -82,6 +83,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         until: stop after this state or phase.
         targets: only these targets of the recipe.
         states: measure only these states.
+        ignore_memory: start although the run is not expected to fit into memory; the report notes it.
 
     Returns:
         The record that was written to ``out/report.json``; its `exit_code` says how it went.
@@ -91,13 +93,20 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         ExporterError: a state could not be made; what was measured before it is in the report.
     """
     memo = FileMemo() if verify else FileMemo.load(out)
-    plan = check_recipe(recipe, out, until=until, targets=targets, states=states, memo=memo, resume=not measure_again)
+    plan = check_recipe(
+        recipe,
+        out,
+        until=until,
+        targets=targets,
+        states=states,
+        memo=memo,
+        resume=not measure_again,
+        ignore_memory=ignore_memory,
+    )
     with locked(out):
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic())
         run.found = (out / "states").is_dir()
-        if plan.expected is not None:
-            note_started(out)
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
             _carry_out(run)
@@ -114,6 +123,8 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
 
 
 def _carry_out(run: _Run) -> None:
+    if run.plan.expected is not None:
+        note_started(run.out)
     dense, reused, took = _timed(lambda: _dense(run))
     _note_state(run, dense, reused, took)
     recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)
@@ -121,9 +132,8 @@ def _carry_out(run: _Run) -> None:
     run.shared = shared_key(run.recipe, dense, recording, environment(), run.memo)
     lab = Lab(run.recipe, run.out, run.progress, recording, run.memo)
     sampling = resolved_sampling(run.recipe, dense.path)
-    shop = Workshop(
-        run.out, export_options(run.recipe, dense.path), recording, sampling, run.progress, run.memo, run.used
-    )
+    export = export_options(run.recipe, dense.path)
+    shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
     parent = dense
     for name in run.plan.states:

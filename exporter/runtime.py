@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from numpy.typing import NDArray
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -167,10 +167,14 @@ def load(folder: str | Path) -> DiffusionPipeline:
 def pipeline_of(folder: Path, sessions: Mapping[str, Session]) -> DiffusionPipeline:
     """Put sessions into the stock pipeline of an engine folder."""
     parts: dict[str, Any] = {}
-    for component in components_of(folder):
+    for component in components_of(folder, sessions):
         config = config_of(folder / component.name)
-        names = inputs_of(component.cls, config)
-        parts[component.folder] = _MODULES[component.role](sessions[component.name], config, names)
+        names = inputs_of(component.inputs_as, config)
+        module = _MODULES[component.role](sessions[component.name], config, names)
+        if component.role == "encoder":  # the pipeline knows one VAE, whose decoder stands there already
+            parts[component.folder].encoder = module
+        else:
+            parts[component.folder] = module
     made = assemble(folder, parts)
     made.set_progress_bar_config(disable=True)
     return made
@@ -245,8 +249,35 @@ class Denoiser(_Engine):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+class Encoder(_Engine):
+    """The encoding half of a VAE, where the recipe asked for it."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return means and logarithms of variances of the latents of images (b, 3, h, w) float32 in [-1, 1]."""
+        return self.answer((images,), {})["latent_parameters"]
+
+
 class Decoder(_Engine):
-    """Stands where the pipeline expects its VAE; decoding only."""
+    """Stands where the pipeline expects its VAE; it encodes only where the recipe asked for that."""
+
+    def __init__(self, session: Session, config: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        super().__init__(session, config, names)
+        self.encoder: Encoder | None = None
+
+    def encode(self, images: torch.Tensor, return_dict: bool = True) -> Any:
+        """Encode images (b, 3, h, w) float32 in [-1, 1] to a distribution of latents, as `AutoencoderKL` does.
+
+        Raises:
+            ComponentFailed: the engine has no encoder.
+        """
+        if self.encoder is None:
+            msg = (
+                "engine: vae_encoder: not compiled; expected it, since an image is to be encoded. Write "
+                "export: {vae_encoder: true} in the recipe and run it again."
+            )
+            raise ComponentFailed(msg)
+        found = DiagonalGaussianDistribution(self.encoder(images))
+        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = True, **_: object) -> Any:
         """Decode latents (b, c, h, w) float32, already divided by the scaling factor, to images in [-1, 1]."""
@@ -272,7 +303,7 @@ class TextEncoder(_Engine):
         return BaseModelOutputWithPooling(**found, hidden_states=hidden)
 
 
-_MODULES: dict[str, type[_Engine]] = {"denoiser": Denoiser, "decoder": Decoder, "text": TextEncoder}
+_MODULES: dict[str, type[_Engine]] = {"denoiser": Denoiser, "decoder": Decoder, "encoder": Encoder, "text": TextEncoder}
 
 
 def run_batched(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,20 @@ def family_of(folder: Path) -> Family:
     return family(pipeline_class_of(folder))
 
 
-def components_of(folder: Path) -> tuple[Component, ...]:
-    """Return the networks of a pipeline folder; SourceError where its family is not supported."""
-    return present_components(pipeline_class_of(folder), read_object(folder / "model_index.json", ArtifactError))
+def components_of(folder: Path, requested: Collection[str] = ()) -> tuple[Component, ...]:
+    """Return the networks of a pipeline folder, with those on request that are named.
+
+    Raises:
+        SourceError: its family is not supported.
+    """
+    index = read_object(folder / "model_index.json", ArtifactError)
+    return present_components(pipeline_class_of(folder), index, requested)
+
+
+def scheduler_of(folder: Path) -> str:
+    """Return the class of the scheduler that a pipeline folder comes with."""
+    stated = read_object(folder / "model_index.json", ArtifactError).get("scheduler")
+    return str(stated[1]) if isinstance(stated, list) and len(stated) > 1 else ""
 
 
 def config_of(folder: Path) -> dict[str, Any]:

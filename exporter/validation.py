@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -30,23 +31,42 @@ def options_from(cls: type[_Options], given: Mapping[str, Any], place: str) -> _
         RecipeError: unknown key (with "did you mean"), missing key or wrong value.
     """
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            expected = one_of(known) if known else "no options"
-            msg = f"{place}.{key}: unknown key; expected {expected}.{hint(str(key), known)}"
-            raise RecipeError(msg)
+    expected = one_of(known) if known else "no options"
+    unknown = [key for key in given if key not in known]
+    wrong = [f"{place}.{key}: unknown key; expected {expected}.{hint(str(key), known)}" for key in unknown]
+    cause: Exception | None = None
     try:
-        return _adapter(cls).validate_python(dict(given))
+        made = _adapter(cls).validate_python({key: value for key, value in given.items() if key in known})
     except ValidationError as error:
-        raise RecipeError("\n".join(problems(error, "", place, lambda _: known))) from error
+        wrong, cause = wrong + problems(error, "", place, lambda _: known), error
     except RecipeError as error:  # a dataclass's own __post_init__, which knows the stage but not where it stands
         kind = place.rpartition(".")[2]
-        raise RecipeError(f"{place}{str(error).removeprefix(kind)}") from error
+        wrong, cause = [*wrong, f"{place}{str(error).removeprefix(kind)}"], error
+    if wrong:
+        raise RecipeError("\n".join(wrong)) from cause
+    return made
 
 
 def options_schema(cls: type[object]) -> dict[str, Any]:
-    """Return the JSON schema of a method's options."""
-    return {**_adapter(cls).json_schema(), "additionalProperties": False}
+    """Return the JSON schema of a method's options: types, limits from the fields' metadata, texts from the docstring.
+
+    Args:
+        cls: a frozen dataclass. The metadata of its fields has limits by their name in JSON Schema, such as
+            ``minimum``; the ``Attributes`` of its docstring, one paragraph each, say what a field means.
+    """
+    schema = _adapter(cls).json_schema()
+    told = described(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        known = {"description": told[field.name]} if field.name in told else {}
+        schema["properties"][field.name] |= {**known, **field.metadata}
+    return {**schema, "description": (inspect.getdoc(cls) or "").partition("\n")[0], "additionalProperties": False}
+
+
+def described(cls: type[object]) -> dict[str, str]:
+    """Return what the ``Attributes`` section of a class's docstring says about each attribute, on one line each."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+    return {name: flat(text) for name, text in found}
 
 
 def _adapter(cls: type[_Options]) -> TypeAdapter[_Options]:
@@ -58,7 +78,8 @@ def problems(error: ValidationError, place: str, prefix: str, keys_at: KeysAt) -
     found = []
     for item in error.errors():
         where = _dotted(prefix, item["loc"])
-        found.append(f"{place}: {where}: {_what(item, keys_at)}" if place else f"{where}: {_what(item, keys_at)}")
+        texts = _what(item, keys_at).split("\n")  # a check of several keys together may say several things
+        found += [f"{place}: {where}: {text}" if place else f"{where}: {text}" for text in texts]
     return found
 
 
@@ -80,7 +101,7 @@ def _what(item: ErrorDetails, keys_at: KeysAt) -> str:
     if kind == "missing":
         return "missing; this key is required. Add it."
     if kind == "value_error":
-        return item["msg"].removeprefix("Value error, ") + "."
+        return "\n".join(f"{line}." for line in item["msg"].removeprefix("Value error, ").split("\n"))
     text = item["msg"].removeprefix("Input should be ").replace("Input should be", "")
     return f"got {got}, expected {text[:1].lower() + text[1:]}."
 

@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,7 @@ class OrtOptions:
             the weights in it, and the list of operators that such a build needs.
     """
 
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata={"minimum": 1})
     precision: Literal["f32", "bf16", "f16"] = "f32"
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
     weights: Literal["linked", "own"] = "linked"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class OvOptions:
         f16_weights: store weights in 16 bits: half the size, and weights rounded to 11 bits.
     """
 
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata={"minimum": 1})
     precision: Literal["f32", "bf16", "f16"] = "f32"
     cache: bool = False
     device: str = "CPU"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from exporter.errors import ComponentFailed
 from exporter.runtime import Decoder, Denoiser, TextEncoder, run_batched
 from targets.base import Evidence, TensorSpec, check_feeds
 
@@ -98,3 +99,9 @@ def test_decoder_and_text_encoder_answer_as_diffusers_expects() -> None:
     names = {"last_hidden_state": "input_ids", "pooler_output": "input_ids"}
     text = TextEncoder(Echo(names, (TensorSpec("input_ids", "int64", (1, 2)),)), {}, ("input_ids",))
     assert torch.equal(text(torch.tensor([[1, 2]]), attention_mask=None)[0], torch.tensor([[1, 2]]))
+
+
+def test_a_vae_without_its_encoder_says_how_to_get_it() -> None:
+    decoder = Decoder(Echo({}, ()), {}, ("latent_sample",))
+    with pytest.raises(ComponentFailed, match=r"vae_encoder: not compiled.*export: \{vae_encoder: true\}"):
+        decoder.encode(torch.zeros(1, 3, 8, 8))

@@ -63,6 +63,7 @@ class Workshop:
         scheduler: writes the recipe's scheduler into a folder.
         progress: what long work reports to.
         memo: what is known of files.
+        requested: names of the components on request that are exported too.
         used: names of the folders this run needs, for garbage collection.
         made: what was exported, compiled and laid out instead of reused.
         seconds: what each lowering took, by step, since it was last read.
@@ -75,6 +76,7 @@ class Workshop:
     sampling: dict[str, Any]
     progress: Progress
     memo: FileMemo = field(default_factory=FileMemo)
+    requested: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
     Raises:
         ComponentFailed: a component cannot be exported, or its ONNX answers differently from torch.
     """
-    return {component.name: _export(state, component, shop) for component in components_of(state.path)}
+    return {component.name: _export(state, component, shop) for component in components_of(state.path, shop.requested)}
 
 
 def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:
@@ -129,7 +131,9 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
         for name, artifact in compiled.items():
             link_tree(artifact.path, folder / name)
         engine_file = engine_file_of(column.target, column.options)
-        write_layout(state.path, folder, engine_file=engine_file, scheduler=shop.sampling["scheduler"])
+        write_layout(
+            state.path, folder, engine_file=engine_file, scheduler=shop.sampling["scheduler"], requested=shop.requested
+        )
         return facts
 
     shop.made.append(f"engine {state.path.name} on {column.name}")
@@ -167,16 +171,17 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         from exporter.lowering.export import export_component  # seconds to import
         from exporter.lowering.parity import compare_answers, torch_answers
         from exporter.lowering.stored import stored_weights
+        from exporter.lowering.wrappers import part_of
         from exporter.networks.storage import load_network, open_bare
 
         source, name = state.path / component.folder, component.name
         bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
-        export_component(name, bare, out, options, weights=weights)
+        export_component(name, part_of(component, bare), out, options, weights=weights)
         started = time.monotonic()
         calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
         feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
         # torch's network is gone again before the graph is opened: one copy of the weights in memory, not two.
-        wanted = torch_answers(load_network(source, cls=component.cls), feeds)
+        wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
         parity = compare_answers(name, wanted, out / "model.onnx", feeds)
         shop.took("parity", time.monotonic() - started)
         return {"component": name, "parity": parity}

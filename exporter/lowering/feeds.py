@@ -42,6 +42,10 @@ def recorded_calls(component: Component, config: Mapping[str, Any], recording: R
         One per timestep for the denoiser, rows without the prompt first where there is guidance; one for the others.
     """
     start, stop = rows.start, rows.stop
+    if component.role == "encoder":  # what it would be given to start from: the images that the dense pipeline drew
+        images = recording.images(start, stop).astype(np.float32) / 127.5 - 1
+        yield Fed(None, {"sample": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+        return
     if component.role != "denoiser":
         fed = recording.fed(component.folder, start, stop)
         if "attention_mask" in inputs_of(component.cls, config):  # as the network has it where it is given none

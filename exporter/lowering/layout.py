@@ -20,7 +20,9 @@ _PATHS = ("_name_or_path", "name_or_path")
 _SCHEDULER = "scheduler"
 
 
-def write_layout(state: Path, folder: Path, *, engine_file: str, scheduler: str = "source") -> None:
+def write_layout(
+    state: Path, folder: Path, *, engine_file: str, scheduler: str = "source", requested: tuple[str, ...] = ()
+) -> None:
     """Complete a folder that holds the compiled components, each in a sub-folder of its name.
 
     The result loads with ``ORTStableDiffusionPipeline`` or ``OVStableDiffusionPipeline``, whichever fits the target.
@@ -30,6 +32,7 @@ def write_layout(state: Path, folder: Path, *, engine_file: str, scheduler: str 
         folder: with ``unet/model.onnx`` and so on in place; unchanged files are linked into it, not copied.
         engine_file: the file that each component must have, `targets.base.engine_file_of`.
         scheduler: a value of the recipe's ``sampling.scheduler``.
+        requested: names of the components on request that are there too.
 
     Raises:
         ComponentFailed: a compiled component is missing.
@@ -37,7 +40,7 @@ def write_layout(state: Path, folder: Path, *, engine_file: str, scheduler: str 
     """
     index = read_object(state / MODEL_INDEX, ArtifactError)
     name = str(index.get("_class_name"))
-    entries, tokenizers = present_components(name, index), present_tokenizers(name, index)
+    entries, tokenizers = present_components(name, index, requested), present_tokenizers(name, index)
     for entry in entries:
         place = folder / entry.name
         if not (place / engine_file).exists():

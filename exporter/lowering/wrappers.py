@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from exporter.networks.components import Component
 from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
 
@@ -50,6 +51,7 @@ class DenoiserForward(nn.Module):
         super().__init__()
         self.net = net
         self._names = _inputs(net)
+        self._open = signature(net).dynamic
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Predict noise or velocity.
@@ -61,6 +63,10 @@ class DenoiserForward(nn.Module):
         Returns:
             (rows, ...) float32.
         """
+        rows, check = inputs[0].shape[0], cast("Any", torch)._check
+        for name, given in zip(self._names, inputs, strict=True):
+            if self._open.get(name, {}).get(0) == "batch":
+                check(given.shape[0] == rows)  # one batch: an exporter would take each input's for one of its own
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])
 
@@ -82,6 +88,42 @@ class DecoderForward(nn.Module):
             (rows, 3, height * factor, width * factor) float32 in about [-1, 1].
         """
         return cast("Tensor", cast("Any", self.net).decode(inputs[0], return_dict=False)[0])
+
+
+class AutoencoderEncoder(nn.Module):
+    """The encoding half of an autoencoder, which it shares its layers, their names and the config with."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        whole = cast("Any", autoencoder)
+        self.config = whole.config
+        self.encoder = whole.encoder
+        self.quant_conv = whole.quant_conv
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return means and logarithms of variances; see `EncoderForward`."""
+        hidden = self.encoder(image)
+        return cast("Tensor", hidden if self.quant_conv is None else self.quant_conv(hidden))
+
+
+class EncoderForward(nn.Module):
+    """The encoding half of a VAE as a function of tensors."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            *inputs: one: images (rows, 3, height, width) float32 in [-1, 1].
+
+        Returns:
+            (rows, 2 * channels, height / factor, width / factor) float32: the means of the latents, then the logarithms
+            of their variances; neither is multiplied by the VAE's scaling factor.
+        """
+        return cast("Tensor", self.net(inputs[0]))
 
 
 class TextForward(nn.Module):
@@ -109,11 +151,12 @@ class TextForward(nn.Module):
 
 
 _HIDDEN = "hidden_states."
-MAIN_OUTPUTS = ("sample", "last_hidden_state")
-"""What a decoder and a text encoder are compared with dense by; parity looks at every output."""
+MAIN_OUTPUTS = ("sample", "latent_parameters", "last_hidden_state")
+"""What a VAE's halves and a text encoder are compared with dense by; parity looks at every output."""
 
 _WRAPPERS = {
     "AutoencoderKL": DecoderForward,
+    "AutoencoderEncoder": EncoderForward,
     "CLIPTextModel": TextForward,
     "CLIPTextModelWithProjection": TextForward,
     "T5EncoderModel": TextForward,
@@ -131,6 +174,9 @@ def signature(module: nn.Module) -> Signature:
     if wrapper is DecoderForward:
         axes = {"latent_sample": _image_axes(""), "sample": _image_axes("image_")}
         return Signature(inputs, ("sample",), axes)
+    if wrapper is EncoderForward:  # names as in optimum's layout
+        axes = {"sample": _image_axes("image_"), "latent_parameters": _image_axes("")}
+        return Signature(inputs, ("latent_parameters",), axes)
     if wrapper is TextForward:
         outputs = _text_outputs(module)
         return Signature(inputs, outputs, {name: {0: "batch"} for name in (*inputs, *outputs)})
@@ -140,6 +186,8 @@ def signature(module: nn.Module) -> Signature:
         rows |= {inputs[0]: packed, "out_sample": packed, "img_ids": {0: "places"}}
         del rows["txt_ids"]
         return Signature(inputs, ("out_sample",), rows)
+    if type(module).__name__ == "DiTTransformer2DModel":  # it has positions for one size only
+        return Signature(inputs, ("out_sample",), {**rows, "out_sample": {0: "batch"}})
     return Signature(inputs, ("out_sample",), {**rows, inputs[0]: _image_axes(""), "out_sample": _image_axes("")})
 
 
@@ -170,6 +218,11 @@ def _has_hidden_states(module: nn.Module) -> bool:
 def _layers(module: nn.Module) -> int:
     """Return how many layers a CLIP text encoder has now, which surgery may have changed."""
     return len(next(part for name, part in module.named_modules() if name.endswith("encoder.layers")))
+
+
+def part_of(component: Component, module: nn.Module) -> nn.Module:
+    """Return what a component is of the network that its folder holds: all of it, or the encoding half."""
+    return AutoencoderEncoder(module) if component.role == "encoder" else module
 
 
 def wrap(module: nn.Module) -> nn.Module:

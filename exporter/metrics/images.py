@@ -21,6 +21,9 @@ Distance = Callable[[Images, Images], NDArray[np.float64]]
 """(images, reference), each (n, h, w, 3) uint8 -> (n,) distances."""
 
 BATCH = 16
+_PIXELS = 2**17
+SSIM_BYTES = 4840
+"""What SSIM needs per pixel: torch lays out a float64 convolution of 11 x 11, five inputs at a time."""
 BLACK_BELOW = 4 / 255
 CONSTANT_BELOW = 2 / 255
 SATURATED_SHARE = 0.5
@@ -150,6 +153,11 @@ def _mean(name: str, values: NDArray[np.float64], unit: str, place: Place, seed:
     )
 
 
+def at_once(count: int, pixels: int) -> int:
+    """Return how many images of a size are compared together: SSIM takes `SSIM_BYTES` for every pixel of them."""
+    return min(count, BATCH, max(1, _PIXELS // pixels))
+
+
 def _per_image(images: Images, reference: Images, metric: Callable[[Tensor, Tensor], Tensor]) -> NDArray[np.float64]:
     for name, array in (("images", images), ("reference", reference)):
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
@@ -158,9 +166,10 @@ def _per_image(images: Images, reference: Images, metric: Callable[[Tensor, Tens
     if images.shape != reference.shape:
         msg = f"images: shapes differ; got {images.shape}, expected {reference.shape}. Draw the same prompts and size."
         raise ComponentFailed(msg)
+    step = at_once(len(images), images.shape[1] * images.shape[2])
     parts = [
-        metric(_tensor(images[start : start + BATCH]), _tensor(reference[start : start + BATCH]))
-        for start in range(0, len(images), BATCH)
+        metric(_tensor(images[start : start + step]), _tensor(reference[start : start + step]))
+        for start in range(0, len(images), step)
     ]
     return np.asarray(torch.cat([part.reshape(-1) for part in parts]).numpy(), np.float64)
 

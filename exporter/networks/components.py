@@ -5,15 +5,15 @@ A new family is one entry of `FAMILIES` and, where it brings new classes, one li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from exporter.errors import ArtifactError, SourceError
+from exporter.errors import ArtifactError, RecipeError, SourceError
 
-Role = Literal["denoiser", "decoder", "text"]
+Role = Literal["denoiser", "decoder", "encoder", "text"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,15 @@ class Component:
     role: Role
     optional: bool = False
 
+    @property
+    def inputs_as(self) -> str:
+        """Key of `exporter.networks.inputs.INPUTS` under which its inputs stand."""
+        return "AutoencoderEncoder" if self.role == "encoder" else self.cls
+
 
 _UNET = Component("unet", "unet", "UNet2DConditionModel", "denoiser")
 _VAE = Component("vae_decoder", "vae", "AutoencoderKL", "decoder")
+_VAE_ENCODER = Component("vae_encoder", "vae", "AutoencoderKL", "encoder")
 _CLIP = Component("text_encoder", "text_encoder", "CLIPTextModel", "text")
 _PIXELS = (Component("unet", "unet", "UNet2DModel", "denoiser"),)
 _T5 = Component("text_encoder", "text_encoder", "T5EncoderModel", "text")
@@ -50,6 +56,7 @@ class Family:
 
     Attributes:
         components: its networks, in the order in which a prompt passes through them.
+        on_request: further networks that a recipe may ask for; drawing from a prompt takes none of them.
         tokenizers: folders of its tokenizers.
         asked: what says which image is wanted: a text, the name or number of a class, or nothing.
         guidance: how the guidance scale takes effect: the denoiser answers a second row without the prompt
@@ -66,6 +73,7 @@ class Family:
     """
 
     components: tuple[Component, ...]
+    on_request: tuple[Component, ...] = (_VAE_ENCODER,)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     asked: Literal["prompt", "class_labels", "batch_size"] = "prompt"
     guidance: Literal["rows", "input", "none"] = "rows"
@@ -108,6 +116,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "DDPMPipeline": Family(
             _PIXELS,
+            on_request=(),
             tokenizers=(),
             asked="batch_size",
             guidance="none",
@@ -117,6 +126,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "DDIMPipeline": Family(
             _PIXELS,
+            on_request=(),
             tokenizers=(),
             asked="batch_size",
             guidance="none",
@@ -257,17 +267,39 @@ def is_absent(index: Mapping[str, Any], part: str) -> bool:
     return index.get(part) in (None, [None, None])
 
 
-def present_components(pipeline_class: str, index: Mapping[str, Any]) -> tuple[Component, ...]:
+def present_components(
+    pipeline_class: str, index: Mapping[str, Any], requested: Collection[str] = ()
+) -> tuple[Component, ...]:
     """Return the networks that a pipeline has: all of its class, but for optional ones that it comes without.
 
     Args:
         pipeline_class: a key of `FAMILIES`.
         index: what its ``model_index.json`` holds.
+        requested: names of components on request that are wanted too; names of others make no difference.
 
     Raises:
         SourceError: the family is not supported.
     """
-    return tuple(part for part in components(pipeline_class) if not (part.optional and is_absent(index, part.folder)))
+    asked = [part for part in family(pipeline_class).on_request if part.name in requested]
+    usual = [part for part in components(pipeline_class) if not (part.optional and is_absent(index, part.folder))]
+    return (*usual, *asked)
+
+
+def check_requested(pipeline_class: str, requested: Collection[str]) -> None:
+    """Refuse components on request that a family does not have.
+
+    Raises:
+        RecipeError: one of them.
+        SourceError: the family is not supported.
+    """
+    have = [part.name for part in family(pipeline_class).on_request]
+    for name in requested:
+        if name not in have:
+            others = [other for other, entry in FAMILIES.items() if name in [part.name for part in entry.on_request]]
+            raise RecipeError(
+                f"export.{name}: {pipeline_class} has no such component; got true, expected a pipeline of "
+                f"{', '.join(others) or 'another family'}. Remove export.{name}."
+            )
 
 
 def present_tokenizers(pipeline_class: str, index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -65,12 +65,14 @@ INPUTS: Mapping[str, tuple[Input, ...]] = MappingProxyType(
             Input("guidance", lambda config: bool(config.get("guidance_embeds"))),
         ),
         "AutoencoderKL": (Input("latent_sample"),),
+        "AutoencoderEncoder": (Input("sample"),),
         "CLIPTextModel": (Input("input_ids"),),
         "CLIPTextModelWithProjection": (Input("input_ids"),),
         "T5EncoderModel": (Input("input_ids"), Input("attention_mask")),
     }
 )
-"""Network class to its inputs, in the order of its forward; of an autoencoder those of its decoder."""
+"""Network class to its inputs, in the order of its forward; of an autoencoder those of its decoder, its other half
+being `exporter.lowering.wrappers.AutoencoderEncoder`."""
 
 NESTED: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("text_embeds", "time_ids", "resolution", "aspect_ratio"), "added_cond_kwargs")

@@ -117,6 +117,13 @@ def _decoder(module: nn.Module, sizes: tuple[int, int, int], generator: torch.Ge
     return {"latent_sample": torch.randn(batch, channels, side, side, generator=generator)}
 
 
+def _encoder(module: nn.Module, sizes: tuple[int, int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    batch, side, _ = sizes
+    config = cast("Any", module).config
+    side *= 2 ** (len(config.block_out_channels) - 1)
+    return {"sample": torch.randn(batch, int(config.in_channels), side, side, generator=generator)}
+
+
 def _text(module: nn.Module, batch: int, tokens: int | None, generator: torch.Generator) -> dict[str, Tensor]:
     net = cast("Any", module)
     if type(module).__name__ == "T5EncoderModel":
@@ -194,6 +201,7 @@ def _flux(module: nn.Module, sizes: tuple[int, int, int], generator: torch.Gener
 
 
 _MAKERS = {
+    "AutoencoderEncoder": _encoder,
     "AutoencoderKL": _decoder,
     "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -73,12 +73,14 @@ class CutOptions:
             most fidelity and are left alone unless named.
     """
 
-    keep_ratio: float
-    round_to: int = 8
+    keep_ratio: float = field(metadata={"exclusiveMinimum": 0, "maximum": 1})
+    round_to: int = field(default=8, metadata={"minimum": 1})
     cut: Literal["channels", "blocks"] = "channels"
     component: Cuttable = "denoiser"
     protect: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ("channels", "heads", "neurons")
+    parts: tuple[str, ...] = field(
+        default=("channels", "heads", "neurons"), metadata={"items": {"enum": list(PARTS)}, "minItems": 1}
+    )
 
     def __post_init__(self) -> None:
         """Check what types cannot say.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from exporter.errors import RecipeError
 
 GENERATED = "generated"
+# Limits as editors read them in the recipe's JSON Schema; `__post_init__` enforces them.
+_COUNT = {"minimum": 1}
+_POSITIVE = {"exclusiveMinimum": 0}
+_WEIGHT = {"minimum": 0}
+_SHARE = {"minimum": 0, "exclusiveMaximum": 1}
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,21 @@ class DistillOptions:
         device: ``auto`` takes a GPU if there is one.
     """
 
-    steps: int
-    batch: int = 16
-    accumulate: int = 1
-    learning_rate: float = 2e-4
+    steps: int = field(metadata=_COUNT)
+    batch: int = field(default=16, metadata=_COUNT)
+    accumulate: int = field(default=1, metadata=_COUNT)
+    learning_rate: float = field(default=2e-4, metadata=_POSITIVE)
     weight_decay: float = 1e-2
-    output_weight: float = 1.0
-    feature_weight: float = 0.1
-    task_weight: float = 0.0
-    ema: float = 0.99
-    prompt_dropout: float = 0.1
-    clip_norm: float = 1.0
+    output_weight: float = field(default=1.0, metadata=_WEIGHT)
+    feature_weight: float = field(default=0.1, metadata=_WEIGHT)
+    task_weight: float = field(default=0.0, metadata=_WEIGHT)
+    ema: float = field(default=0.99, metadata=_SHARE)
+    prompt_dropout: float = field(default=0.1, metadata=_SHARE)
+    clip_norm: float = field(default=1.0, metadata=_POSITIVE)
     data: str = GENERATED
     prompts: str | None = None
-    samples: int = 128
-    checkpoint_every: int = 100
+    samples: int = field(default=128, metadata=_COUNT)
+    checkpoint_every: int = field(default=100, metadata=_COUNT)
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

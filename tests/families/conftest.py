@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_families import PROMPTS, PRUNE, SAMPLING, write_pipeline
 
+from exporter.networks.components import FAMILIES
 from exporter.recipe import Recipe
 from exporter.report.record import RunRecord
 
@@ -62,6 +63,7 @@ def recipe_of(source_of: Callable[[str], Path]) -> Callable[..., Recipe]:
                     "ort": {"type": "onnxruntime", "threads": 1},
                     "ov": {"type": "openvino", "threads": 1},
                 },
+                "export": {"vae_encoder": bool(FAMILIES[family].on_request)},
                 "measure": {"prompts": str(prompts), "images": 2, "calls": 2, "latency_seconds": 0.05},
             }
         )

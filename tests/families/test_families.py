@@ -75,12 +75,46 @@ def test_engines_draw_what_diffusers_draws(family: str, target: str, finished_of
 
 @pytest.mark.slow
 @each_family
+@pytest.mark.parametrize("target", ["ort", "ov"])
+def test_engines_encode_images_as_diffusers_does(family: str, target: str, finished_of: FINISHED) -> None:
+    if not FAMILIES[family].on_request:
+        pytest.skip("draws pixels: there is nothing to encode with")
+    made = finished_of(family)
+    engine = exporter.load(made.out / "engines" / "1-pruned" / target)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        want = getattr(diffusers, family).from_pretrained(made.source).vae.encode(images).latent_dist
+    got = engine.vae.encode(images).latent_dist
+    torch.testing.assert_close(got.parameters, want.parameters, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.mode(), engine.vae.encode(images, return_dict=False)[0].mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["ort", "ov"])
+def test_diffusers_draws_from_an_image_on_engines(target: str, finished_of: FINISHED) -> None:
+    """`vae_encoder` is all that image-to-image needs beyond what text-to-image does."""
+    made = finished_of("StableDiffusionXLPipeline")
+    image = np.random.default_rng(0).random((1, 32, 32, 3), dtype=np.float32)
+    found = []
+    for pipeline in (
+        exporter.load(made.out / "engines" / "0-dense" / target),
+        diffusers.StableDiffusionXLPipeline.from_pretrained(made.source),
+    ):
+        drawing = diffusers.StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+        drawing.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        found.append(drawing("a cat", image=image, num_inference_steps=4, generator=generator, output_type="np").images)
+    np.testing.assert_allclose(*found, atol=2e-4)
+
+
+@pytest.mark.slow
+@each_family
 def test_a_run_measures_every_cell(family: str, finished_of: FINISHED) -> None:
     record = finished_of(family).record
     assert record.exit_code == 0
     cells = {(cell.state, cell.target): cell for cell in record.cells}
     assert set(cells) == {(state, target) for state in ("0-dense", "1-pruned") for target in ("ort", "ov")}
-    parts = {part.name for part in components(family)}
+    parts = {part.name for part in (*components(family), *FAMILIES[family].on_request)}
     for (state, _), cell in cells.items():
         assert cell.status == "ok", cell.error
         lowered = {found.component: found.value for found in cell.measurements if found.name == "lowering.psnr_db"}
@@ -223,6 +257,17 @@ def test_a_source_scheduler_that_does_not_fit_the_family_is_refused(
             check_recipe(recipe_of("LatentConsistencyModelPipeline"), tmp_path / "out")
     finally:
         index.write_text(text)
+
+
+def test_a_pipeline_of_pixels_has_no_encoder_to_ask_for(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = recipe_of("DDIMPipeline")
+    asked = recipe.model_copy(update={"export": recipe.export.model_copy(update={"vae_encoder": True})})
+    with pytest.raises(
+        RecipeError, match=r"^export\.vae_encoder: DDIMPipeline has no such component; got true"
+    ) as told:
+        check_recipe(asked, tmp_path / "out")
+    assert "StableDiffusionPipeline" in str(told.value)
+    assert str(told.value).endswith("Remove export.vae_encoder.")
 
 
 def test_a_component_that_the_family_does_not_have_is_refused(recipe_of: Callable[..., Any], tmp_path: Path) -> None:

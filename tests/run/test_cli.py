@@ -11,9 +11,13 @@ import jsonschema
 import pytest
 import yaml
 
+from exporter.errors import RecipeError
 from exporter.inspection import schema_of
+from exporter.pruners.base import CutOptions
 from exporter.recipe import recipe_path
 from exporter.report.writing import read_record
+from exporter.tuning.options import DistillOptions
+from exporter.validation import options_from, options_schema
 
 
 def test_help_version_and_unknown_words(call: Any) -> None:
@@ -48,6 +52,46 @@ def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(call: Any
     assert call("schema", "cats")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "given", "key", "inside", "outside"),
+    [
+        (CutOptions, {}, "keep_ratio", [0.001, 1], [0, 1.001]),
+        (CutOptions, {"keep_ratio": 0.5}, "round_to", [1], [0]),
+        (CutOptions, {"keep_ratio": 0.5}, "parts", [["heads"]], [[], ["hats"]]),
+        (DistillOptions, {"prompts": "everyday"}, "steps", [1], [0]),
+        *((DistillOptions, {"prompts": "everyday", "steps": 1}, key, [1], [0]) for key in ("batch", "samples")),
+        *((DistillOptions, {"prompts": "everyday", "steps": 1}, key, [0, 0.999], [-0.1, 1]) for key in ("ema",)),
+        (DistillOptions, {"prompts": "everyday", "steps": 1}, "learning_rate", [1e-6], [0]),
+        (DistillOptions, {"prompts": "everyday", "steps": 1}, "feature_weight", [0], [-1]),
+    ],
+)
+def test_limits_in_the_schema_are_the_limits_of_the_options(
+    options: Any, given: dict[str, Any], key: str, inside: list[Any], outside: list[Any]
+) -> None:
+    schema = options_schema(options)
+    assert schema["properties"][key]["description"]
+    checker = jsonschema.Draft202012Validator(schema)
+    for value in inside:
+        recipe = {**given, key: value}
+        assert checker.is_valid(recipe)
+        options_from(options, recipe, "stages[0].prune")
+    for value in outside:
+        recipe = {**given, key: value}
+        assert not checker.is_valid(recipe)
+        with pytest.raises(RecipeError):
+            options_from(options, recipe, "stages[0].prune")
+
+
+def test_the_schema_describes_every_option_of_methods_and_targets() -> None:
+    definitions = schema_of("recipe")["$defs"]
+    stages = definitions["StageSpec"]["properties"]
+    for choice in (*stages["prune"]["oneOf"], *stages["tune"]["oneOf"], *definitions["TargetSpec"]["oneOf"]):
+        for key, facts in choice["properties"].items():
+            assert "const" in facts or facts["description"], key
+    threads = [choice["properties"]["threads"] for choice in definitions["TargetSpec"]["oneOf"]]
+    assert {facts["minimum"] for facts in threads} == {1}
+
+
 def test_check_tells_the_plan_before_any_work(call: Any, tmp_path: Path) -> None:
     code, out, _ = call("check", "shapes-quick", "--out", tmp_path / "out", "--set", "targets={o: {type: onnxruntime}}")
     assert code == 0
@@ -57,6 +101,53 @@ def test_check_tells_the_plan_before_any_work(call: Any, tmp_path: Path) -> None
     plan = json.loads(call("run", "shapes-quick", "--dry-run", "--json", "--until", "1-pruned")[1])
     assert plan["states"] == ["0-dense", "1-pruned"]
     assert plan["disk_mib"] > 10
+
+
+def test_check_names_every_problem_at_once(call: Any, tmp_path: Path) -> None:
+    recipe = {
+        "name": "wrong",
+        "source": {"path": "/nowhere/model"},
+        "sampling": {"steps": 0, "stepz": 3},
+        "stages": [
+            {"prune": {"method": "magnitud", "keep_ratio": 0.5}},
+            {"prune": {"method": "magnitude", "keep_ratio": 1.5, "rond_to": 8}},
+        ],
+        "targets": {"ov": {"type": "openvin"}, "ort": {"type": "onnxruntime", "threds": 2}},
+        "measure": {"prompts": "/nowhere/prompts.txt", "images": 4},
+        "gates": [{"metric": "lowering.psnr", "min": 45}, {"metric": "lowering.psnr_db", "min": "many"}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, said = call("check", tmp_path / "recipe.yaml")
+    assert code == 2
+    lines = said.splitlines()
+    for wanted in (
+        "recipe.yaml: sampling.steps: got 0, expected",
+        "recipe.yaml: sampling.stepz: unknown key; expected",
+        "stages[0].prune.method: got 'magnitud', expected",
+        "stages[1].prune.rond_to: unknown key; expected",
+        "stages[1].prune.keep_ratio: got 1.5, expected",
+        "targets.ov.type: got 'openvin', expected",
+        "targets.ort.threds: unknown key; expected",
+        "prompts /nowhere/prompts.txt: cannot be read; got",
+        "/nowhere/model: no such folder; got nothing, expected",
+        "gates[0].metric: unknown metric; got 'lowering.psnr', expected",
+        "gates[1].min: not a limit; got 'many', expected",
+    ):
+        assert [line.startswith(wanted) for line in lines].count(True) == 1, wanted
+    assert len(lines) == 11
+
+
+def test_names_that_no_entry_has_are_all_told_beside_an_unknown_key(call: Any, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(recipe_path("shapes-quick").read_text())
+    recipe["sampling"]["stepz"] = 3
+    recipe["gates"] = [{"metric": "size_bytes", "max": 1, "targets": ["ovv"], "state": "9-pruned"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, _, said = call("check", tmp_path / "recipe.yaml")
+    assert [line.split(": got ")[0].partition(";")[0].split(": ", 1)[1] for line in said.splitlines()] == [
+        "sampling.stepz: unknown key",
+        "recipe: gates[0].targets",
+        "recipe: gates[0].state",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +187,24 @@ def test_generate_report_inspect_and_gc_on_a_finished_run(call: Any, finished: P
     assert "intact" in call("inspect", out)[1]
     assert {item["kind"] for item in json.loads(call("inspect", out, "--json")[1])} == {"state", "engine"}
     assert "Freed 0.0 MB in 0 folders" in call("gc", out)[1]
+
+
+def test_inspect_reads_as_text_and_is_exact_as_json(call: Any, finished: Path) -> None:
+    folder = finished / "states/1-pruned"
+    said = call("inspect", folder)[1]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["digest"] in said
+    assert "stage            prune: method magnitude, keep_ratio 0.75, round_to 8" in said
+    assert "module" in said
+    for python in ("{", "}", "[", "'", "None", "True", "False"):
+        assert python not in said, python
+    engine = call("inspect", finished / "engines/1-pruned/ort")[1]
+    assert engine.startswith("engine of 1-pruned for ort: intact, ")
+    assert "options          threads 1, precision f32, optimization all, weights linked, format onnx" in engine
+    assert "components       text_encoder, unet, vae_decoder" in engine
+    (exact,) = json.loads(call("inspect", folder, "--json")[1])
+    assert exact["facts"] == manifest["facts"]
+    assert exact["bytes"] == sum(fact["size"] for fact in manifest["files"].values())
 
 
 def test_a_missed_gate_is_the_exit_code(call: Any, finished: Path, tmp_path: Path) -> None:

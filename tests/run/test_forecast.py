@@ -12,8 +12,10 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from exporter.costs import cost_of
 from exporter.errors import RecipeError
 from exporter.forecast import Forecast, compare
+from exporter.networks.components import denoiser
 from exporter.preflight import check_recipe
 from exporter.report.writing import read_record
 
@@ -28,7 +30,7 @@ def test_a_finished_run_records_what_it_took_beside_what_was_expected(finished: 
 
 
 def test_the_comparison_is_got_over_expected() -> None:
-    found = compare(Forecast(1000, 800, 100, 60), memory_mib=900.0, disk_mib=110.0, seconds=75.04)
+    found = compare(Forecast(1000, 800, 100, 60, "tuning"), memory_mib=900.0, disk_mib=110.0, seconds=75.04)
     assert found["memory_mib"] == {"expected": 1000.0, "got": 900.0, "ratio": 0.9}
     assert found["seconds"] == {"expected": 60.0, "got": 75.0, "ratio": 1.251}
 
@@ -60,15 +62,37 @@ def test_a_machine_too_small_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_run_takes_was_expected(finished: Path) -> None:
+    """Of the time only the order: this machine may be anyone's."""
+    found = read_record(finished).forecast
+    assert 0.7 <= found["memory_mib"]["ratio"] <= 1.3
+    assert 0.7 <= found["disk_mib"]["ratio"] <= 1.3
+    assert 0.2 <= found["seconds"]["ratio"] <= 5
+
+
+def test_a_user_who_knows_better_goes_on_and_the_plan_says_so(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: here._replace(available=200 << 20))
+    with pytest.raises(RecipeError, match=r"If you know better, run it with --ignore-memory\.$"):
+        check_recipe(tiny_recipe(), tmp_path / "out")
+    plan = check_recipe(tiny_recipe(), tmp_path / "out", ignore_memory=True)
+    assert any("memory: 200 MiB were free" in note and "--ignore-memory" in note for note in plan.notes)
+
+
+def test_attention_that_a_runtime_writes_down_counts(tiny_pipeline_folder: Path) -> None:
+    """Scores of two rows, two heads, 16 x 16 places each with each."""
+    part = denoiser("StableDiffusionPipeline")
+    found = cost_of(part, tiny_pipeline_folder, 1, 2, 16)
+    heads = UNet2DConditionModel.from_pretrained(tiny_pipeline_folder / "unet").down_blocks[0].attentions[0]
+    count = heads.transformer_blocks[0].attn1.heads
+    assert found.scores_mib == pytest.approx(2 * count * 256 * 256 * 4 / 2**20)
+
+
 def test_operations_are_those_of_the_real_network(tiny_pipeline_folder: Path) -> None:
     """Counted without weights as with them."""
-    from exporter.forecast import _network
-    from exporter.networks.components import components
-    from exporter.networks.source import check_source
-
-    facts = check_source(tiny_pipeline_folder)
-    part = next(item for item in components(facts.pipeline_class) if item.role == "denoiser")
-    found = _network(part, tiny_pipeline_folder, facts, 2, 8)
+    found = cost_of(denoiser("StableDiffusionPipeline"), tiny_pipeline_folder, 1, 2, 8)
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_folder / "unet")
     # The counter knows the products of plain attention, not the fused kernel that the CPU would take.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
