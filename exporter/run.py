@@ -150,7 +150,8 @@ def _carry_out(run: _Run) -> None:
                 run.cells.append(_cell(run, parent, column, shop, bench))
                 run.peak_mib = shop.peak_mib
                 _save_memo(run)
-                write_record(_record(run, complete=False, code=exit_code_of(run.codes)), run.out)
+                if not run.cells[-1].reused:  # what an earlier run took is on the disk as it is
+                    write_record(_record(run, complete=False, code=exit_code_of(run.codes)), run.out)
             if not _pass_gates(run, name) and run.recipe.on_miss == "stop" and name != run.plan.states[-1]:
                 run.notes.append(f"stopped after {name}: a gate was missed and on_miss is stop")
                 break
