@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,10 +22,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from exporter.errors import ArtifactError, ComponentFailed, ExporterError
+from exporter.memo import FileMemo
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_PARTIAL, _TRASH, _STAT = ".partial-", ".trash-", ".stat-"
+_PARTIAL, _TRASH = ".partial-", ".trash-"
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _SAFE_PATH = re.compile(r"[\w][\w.+@-]*(/[\w][\w.+@-]*)*")
 
@@ -92,13 +93,7 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 hex of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_artifact(
+def write_artifact(  # noqa: PLR0913 - what an artifact is
     final: Path,
     build: Callable[[Path], Mapping[str, Any]],
     *,
@@ -106,6 +101,8 @@ def write_artifact(
     key: str,
     parent: str | None,
     made: Mapping[str, Any] | None = None,
+    sources: Sequence[Path] = (),
+    memo: FileMemo | None = None,
 ) -> Artifact:
     """Build an artifact beside `final` and rename it there when it is complete.
 
@@ -116,37 +113,39 @@ def write_artifact(
         key: see `Manifest.key`.
         parent: digest of the artifact it is made from.
         made: facts that must not enter the digest (time, versions).
+        sources: folders whose files `build` may link.
+        memo: what is known of files.
 
     Raises:
         ComponentFailed: the disk is full or not writable; nothing that was finished before is touched.
     """
+    memo = memo or FileMemo()
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.parent / f"{_PARTIAL}{final.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        facts = dict(build(partial))
+        with memo.relinking([file for folder in sources for file in _files_in(folder)]):
+            facts = dict(build(partial))
         labels = {"kind": kind, "name": final.name, "key": key, "parent": parent, "made": dict(made or {})}
-        manifest = _manifest_of(partial, labels, facts)
-        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         _sync_tree(partial)
-        _swap(partial, final)
+        manifest = _manifest_of(partial, labels, facts, memo)
+        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        _sync(partial)
+        _swap(partial, final, memo)
     except OSError as error:
         raise disk_failure(final, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    made_artifact = Artifact(final, manifest)
-    _remember(made_artifact)
-    return made_artifact
+        remove_tree(partial, memo, ignore_errors=True)
+    return Artifact(final, manifest)
 
 
-def open_artifact(path: Path, *, verify: bool, kind: Kind | None = None) -> Artifact:
+def open_artifact(path: Path, *, memo: FileMemo | None = None, kind: Kind | None = None) -> Artifact:
     """Check an artifact and return it.
 
     Args:
         path: its directory.
-        verify: hash every file; without it, size, mtime and inode are compared with what we wrote ourselves, and
-            anything unknown is hashed.
+        memo: what is known of files; without one, every file is hashed.
         kind: refuse an artifact of another kind.
 
     Raises:
@@ -159,23 +158,22 @@ def open_artifact(path: Path, *, verify: bool, kind: Kind | None = None) -> Arti
         )
         raise ArtifactError(msg)
     _check_file_list(path, manifest)
-    known = {} if verify else _recall(path, manifest.digest)
+    memo = memo or FileMemo()
     for name, fact in manifest.files.items():
-        _check_file(path / name, name, fact, known)
-    artifact = Artifact(path, manifest)
-    _remember(artifact)
-    return artifact
+        _check_file(path / name, fact, memo)
+    return Artifact(path, manifest)
 
 
-def reusable(path: Path, key: str, *, verify: bool = False) -> Artifact | None:
+def reusable(path: Path, key: str, memo: FileMemo | None = None) -> Artifact | None:
     """Return the artifact at `path` when it has this key and is intact, else None."""
     if not path.is_dir():
         return None
     try:
-        artifact = open_artifact(path, verify=verify)
+        if _read_manifest(path).key != key:  # before its files are looked at: of what is not asked for none is hashed
+            return None
+        return open_artifact(path, memo=memo)
     except ArtifactError:
         return None
-    return artifact if artifact.manifest.key == key else None
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -194,6 +192,12 @@ def link_tree(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             link_file(path, target / path.relative_to(source))
+
+
+def remove_tree(folder: Path, memo: FileMemo, *, ignore_errors: bool = False) -> None:
+    """Remove a folder; files that live on under other names stay known."""
+    with memo.relinking(_files_in(folder)):
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -267,15 +271,18 @@ def _clear_leftovers(out: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
-def _manifest_of(folder: Path, labels: Mapping[str, Any], facts: dict[str, Any]) -> Manifest:
+def _manifest_of(folder: Path, labels: Mapping[str, Any], facts: dict[str, Any], memo: FileMemo) -> Manifest:
     files = {
-        path.relative_to(folder).as_posix(): FileFact(sha256=sha256_of(path), size=path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): FileFact(sha256=memo.sha256(path), size=path.stat().st_size)
+        for path in _files_in(folder)
     }
     facts = json.loads(json.dumps(facts))
     bare = Manifest(schema_version=SCHEMA_VERSION, files=files, facts=facts, digest="", checksum="", **labels)
@@ -337,58 +344,34 @@ def _check_file_list(path: Path, manifest: Manifest) -> None:
         raise ArtifactError(msg)
 
 
-def _check_file(file: Path, name: str, fact: FileFact, known: Mapping[str, list[int]]) -> None:
-    stat = file.stat()
-    if stat.st_size != fact.size:
-        msg = f"{file}: damaged; got {stat.st_size} bytes, expected {fact.size}. Delete the folder and run again."
+def _check_file(file: Path, fact: FileFact, memo: FileMemo) -> None:
+    size = file.stat().st_size
+    if size != fact.size:
+        msg = f"{file}: damaged; got {size} bytes, expected {fact.size}. Delete the folder and run again."
         raise ArtifactError(msg)
-    if known.get(name) == [stat.st_size, stat.st_mtime_ns, stat.st_ino]:
-        return
-    got = sha256_of(file)
+    got = memo.sha256(file)
     if got != fact.sha256:
         msg = f"{file}: damaged; got sha256 {got[:12]}, expected {fact.sha256[:12]}. Delete the folder and run again."
         raise ArtifactError(msg)
 
 
-def _stat_file(path: Path) -> Path:
-    return path.parent / f"{_STAT}{path.name}.json"
-
-
-def _remember(artifact: Artifact) -> None:
-    """Keep what we know to be right beside the artifact; on a read-only medium it is simply hashed each time."""
-    stats = {name: (artifact.path / name).stat() for name in artifact.manifest.files}
-    known = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats.items()}
-    text = json.dumps({"digest": artifact.digest, "files": known})
-    with contextlib.suppress(OSError):
-        if not _stat_file(artifact.path).is_file() or _stat_file(artifact.path).read_text() != text:
-            write_text(_stat_file(artifact.path), text)
-
-
-def _recall(path: Path, digest: str) -> dict[str, list[int]]:
-    try:
-        known = json.loads(_stat_file(path).read_text(encoding="utf-8"))
-        return dict(known["files"]) if known["digest"] == digest else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
 
 
-def _swap(partial: Path, final: Path) -> None:
-    trash = final.parent / f"{_TRASH}{final.name}-{os.getpid()}"
-    if final.exists():
-        final.rename(trash)
-    partial.rename(final)
-    handle = os.open(final.parent, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _swap(partial: Path, final: Path, memo: FileMemo) -> None:
+    trash = final.parent / f"{_TRASH}{final.name}-{os.getpid()}"
+    if final.exists():
+        final.rename(trash)
+    partial.rename(final)
+    _sync(final.parent)
+    remove_tree(trash, memo, ignore_errors=True)

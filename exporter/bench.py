@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from calibration.recording import Recording
 from exporter.artifact import Artifact
-from exporter.metrics.at_hand import Clip, Features, full_clip, inception, lpips
+from exporter.errors import SourceError
+from exporter.memo import FileMemo
+from exporter.metrics.at_hand import Clip, Features, full_clip, identity, inception, lpips
 from exporter.metrics.features import Judge, Verdicts
 from exporter.metrics.images import Distance
 from exporter.progress import Progress
 from exporter.recipe import Recipe
+from exporter.reference import JUDGE
 
 DENSE = "0-dense"
 TORCH = "torch"
@@ -38,20 +42,37 @@ class Judges:
 
 def find_judges(recipe: Recipe) -> Judges:
     """Return the judges that this machine and this recipe have."""
-    from exporter.reference import JUDGE
-    from exporter.reference.judge import Judge as ShapesJudge
+    folder = _judge_folder(recipe)
+    if folder is None:
+        judge: Judge | str = (
+            "the recipe's source has no judge of its own: hard negatives are known for the embedded model's prompts "
+            "only. Set measure.judge to a folder with a CLIPModel that knows them."
+        )
+    else:
+        from exporter.reference.judge import Judge as ShapesJudge
 
-    embedded = (recipe.source.path or "").startswith("reference:")
-    judge: Judge | str = (
-        "the recipe's source has no judge of its own: hard negatives are known for the embedded model's prompts only. "
-        "Set measure.judge to a folder with a CLIPModel that knows them."
-    )
-    if recipe.measure.judge is not None:
-        judge = ShapesJudge(Path(recipe.measure.judge))
-    elif embedded:
-        judge = ShapesJudge(JUDGE)
+        judge = ShapesJudge(folder)
     space = "the embedded judge" if recipe.measure.judge is None else Path(recipe.measure.judge).name
     return Judges(judge, space, lpips(), full_clip(), inception())
+
+
+def judges_identity(recipe: Recipe, memo: FileMemo) -> dict[str, str | None]:
+    """Return what tells the judges of `find_judges` from others, without loading any: versions and digests.
+
+    Raises:
+        SourceError: the recipe's judge is not there.
+    """
+    folder = _judge_folder(recipe)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise SourceError(f"measure.judge: no model folder; got {folder}, expected config.json in it. Give its folder.")
+    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder else []
+    return {**identity(memo), **{f"judge/{file.name}": memo.sha256(file) for file in files}}
+
+
+def _judge_folder(recipe: Recipe) -> Path | None:
+    if recipe.measure.judge is not None:
+        return Path(recipe.measure.judge)
+    return JUDGE if (recipe.source.path or "").startswith("reference:") else None
 
 
 @dataclass
@@ -65,10 +86,9 @@ class Bench:
         recording: of the dense pipeline in torch, the reference of every fidelity.
         sampling: the recipe's, size resolved.
         progress: what long work reports to.
-        judges: what looks at images.
         torch_answers: answers of a component in torch, by the digest of its part of the state: what several targets
             and unchanged states are compared with is computed once.
-        engines: target -> folder of the dense engine, for interleaved latency.
+        engines: target -> the dense engine that was measured, for interleaved latency.
     """
 
     recipe: Recipe
@@ -77,10 +97,14 @@ class Bench:
     recording: Recording
     sampling: dict[str, Any]
     progress: Progress
-    judges: Judges
     torch_answers: dict[str, Any] = field(default_factory=dict)
-    engines: dict[str, Path] = field(default_factory=dict)
+    engines: dict[str, Artifact] = field(default_factory=dict)
     dense_verdicts: Verdicts | None = None
+
+    @cached_property
+    def judges(self) -> Judges:
+        """What looks at images; loaded when it is first asked for."""
+        return find_judges(self.recipe)
 
     @property
     def rows(self) -> range:

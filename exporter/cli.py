@@ -80,7 +80,12 @@ def run(  # noqa: PLR0913 - a command line's flags
     targets: Annotated[str | None, typer.Option(help="Only these targets of the recipe, comma-separated.")] = None,
     states: Annotated[str | None, typer.Option(help="Measure only these states, comma-separated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan; write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file of reused artifacts.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file of the source and of reused artifacts.")
+    ] = False,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Measure every cell, also those that nothing has changed for.")
+    ] = False,
     ignore_memory: Annotated[
         bool, typer.Option("--ignore-memory", help="Start although memory is expected to run out; the report says so.")
     ] = False,
@@ -106,6 +111,7 @@ def run(  # noqa: PLR0913 - a command line's flags
         parsed,
         folder,
         verify=verify,
+        measure_again=measure_again,
         progress=_progress(quiet),
         until=until,
         targets=only,

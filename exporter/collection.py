@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import MANIFEST, locked
+from exporter.artifact import MANIFEST, locked, remove_tree, write_text
 from exporter.errors import ArtifactError
+from exporter.memo import MEMO, FileMemo
 
 _HOLDERS = ("lowered", "recordings")
 
@@ -36,15 +36,17 @@ def collect(out: Path, *, dry_run: bool) -> list[dict[str, Any]]:
         gone += [folder for folder in _folders(out / "states") if used and folder.name not in used]
         gone += [
             folder
-            for state in _folders(out / "engines")
+            for holder in ("engines", "cells")
+            for state in _folders(out / holder)
             for folder in _folders(state)
             if used and f"{state.name}/{folder.name}" not in used
         ]
         removed = [{"path": str(folder.relative_to(out)), "bytes": _own_bytes(folder)} for folder in gone]
         if not dry_run:
+            memo = FileMemo.load(out)
             for folder in gone:
-                shutil.rmtree(folder)
-                (folder.parent / f".stat-{folder.name}.json").unlink(missing_ok=True)
+                remove_tree(folder, memo)
+            write_text(out / MEMO, memo.text())
     return removed
 
 

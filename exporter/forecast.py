@@ -17,7 +17,7 @@ import psutil
 
 from exporter.costs import MIB, Machine, Network, cost_of, machine
 from exporter.lowering.engine import PARITY_CALLS, Column
-from exporter.lowering.export import ExportOptions
+from exporter.lowering.options import ExportOptions
 from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.networks.source import SourceFacts
 from exporter.recipe import Recipe, StageSpec

@@ -40,10 +40,10 @@ def inspect_folder(folder: Path) -> Shown:
         ArtifactError: a file is missing or changed, or there is nothing to inspect.
     """
     if (folder / MANIFEST).is_file():
-        found = [open_artifact(folder, verify=True)]
+        found = [open_artifact(folder)]
     else:
         kept = sorted(folder.glob(f"states/*/{MANIFEST}")) + sorted(folder.glob(f"engines/*/*/{MANIFEST}"))
-        found = [open_artifact(path.parent, verify=True) for path in kept]
+        found = [open_artifact(path.parent) for path in kept]
     if not found:
         msg = f"{folder}: nothing to inspect; expected a state, an engine, or the folder of a run. Check the path."
         raise ArtifactError(msg)

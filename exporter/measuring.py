@@ -94,8 +94,6 @@ def measure_cell(
         close_sessions(sessions)
     with _clock(seconds, "footprint"):
         found += _footprint(engine.path, facts, place, fed)
-    if place.state == DENSE:
-        bench.engines[place.target] = engine.path
     return CellRecord(
         state=place.state,
         target=place.target,
@@ -169,11 +167,11 @@ def _latency(
     session: Session, feeds: Mapping[str, Array], facts: EngineFacts, place: Place, bench: Bench
 ) -> list[Measurement]:
     """Time a component on a recorded call; against the dense engine of the same target, pair by pair."""
-    timer, folder = _timer(facts, bench), bench.engines.get(place.target)
-    if folder is None:
+    timer, paired = _timer(facts, bench), bench.engines.get(place.target)
+    if paired is None:
         return latency_measurements(timer.measure(lambda: session(feeds)), place)
     assert place.component is not None
-    dense = open_session(folder / place.component, facts)
+    dense = open_session(paired.path / place.component, facts)
     try:
         pairs = timer.interleaved(lambda: session(feeds), lambda: dense(feeds))
     finally:

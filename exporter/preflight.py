@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 import targets
+from exporter import __version__
+from exporter.artifact import digest_of
 from exporter.errors import ExporterError, Findings, RecipeError, SourceError, ToolMissing
-from exporter.forecast import Forecast, forecast
 from exporter.lowering.engine import Column
+from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.metrics.size import size_bytes
 from exporter.networks.components import check_requested, components, denoiser
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
@@ -24,14 +24,17 @@ from exporter.networks.source import Choice, SourceFacts, check_source, open_sou
 from exporter.prompts import prompt_set
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
+from exporter.room import check_disk, check_memory
 from exporter.sampling import check_prompts, check_sampling
 from exporter.states import config_of, image_size, vae_scale
 from exporter.transforms import stage_options
+from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
 from targets.base import TargetError, TargetMissing
 
-IGNORE_MEMORY = "--ignore-memory"
-"""The option of the command line that starts a run which is not expected to fit."""
+if TYPE_CHECKING:
+    from exporter.forecast import Forecast
+
 _UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
 
 
@@ -46,7 +49,8 @@ class Plan:
         problems: errors per target that is not usable; the run goes on without it and ends with their exit code.
         until: where each measured state stops: ``export``, ``compile`` or ``measure``.
         source: the source's folder; `facts` what was found there.
-        expected: memory, disk and time.
+        expected: memory, disk and time; None where a run was asked about that has left everything already.
+        key: digest of all that decides what a run leaves.
         notes: what a user should know.
     """
 
@@ -57,7 +61,8 @@ class Plan:
     until: str
     source: Path
     facts: SourceFacts
-    expected: Forecast
+    expected: Forecast | None
+    key: str
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -68,25 +73,32 @@ class Plan:
             "targets": {column.name: asdict(column.options) for column in self.columns},
             "problems": {name: str(error) for name, error in self.problems.items()},
             "until": self.until,
-            **asdict(self.expected),
+            **(asdict(self.expected) if self.expected else {}),
             "notes": list(self.notes),
         }
 
     def text(self) -> str:
         """Return the plan for people."""
         columns = ", ".join(f"{column.name} ({column.target.type})" for column in self.columns)
-        free = psutil.virtual_memory().available >> 20
         lines = [
             f"Source    {self.facts.pipeline_class}, {sum(self.facts.parameters.values()) / 1e6:.1f} M parameters",
             f"States    {' -> '.join(self.states)}; measured: {', '.join(self.measured)}",
             f"Targets   {columns or 'none usable'}",
-            f"Memory    about {self.expected.memory_mib} MiB at the peak, {self.expected.phase}; {free} MiB are free",
-            f"Disk      about {self.expected.disk_mib} MiB",
-            f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
+            *self._expected_lines(),
             *(f"Note      {note}" for note in self.notes),
             *(f"Problem   {error}" for error in self.problems.values()),
         ]
         return "\n".join(lines)
+
+    def _expected_lines(self) -> list[str]:
+        if self.expected is None:
+            return ["Forecast  none: everything is there"]
+        free = psutil.virtual_memory().available >> 20
+        return [
+            f"Memory    about {self.expected.memory_mib} MiB at the peak, {self.expected.phase}; {free} MiB are free",
+            f"Disk      about {self.expected.disk_mib} MiB",
+            f"Time      about {self.expected.seconds} s on this machine as it is now ({os.cpu_count()} cores)",
+        ]
 
     def raise_problems(self) -> None:
         """Raise the first problem, when there is one."""
@@ -103,6 +115,8 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     states: tuple[str, ...] | None = None,
     found: Findings | None = None,
     ignore_memory: bool = False,
+    memo: FileMemo | None = None,
+    resume: bool = False,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -114,6 +128,8 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
         states: ids of the states to measure; None for the recipe's.
         found: what is known to be wrong already; independent problems are raised together.
         ignore_memory: accept a run that is not expected to fit into memory; the plan notes it.
+        memo: what is known of the source's files; by default what runs in `out` found out.
+        resume: forecast nothing where the same run came to its end in `out`.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
@@ -134,14 +150,13 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
         prompts = _prompts(recipe)
     with found.gather():
         source = open_source(_source_of(recipe), variant=recipe.source.variant)
-        facts = check_source(source, _choice_of(recipe))
+        memo = memo or FileMemo.load(out)
+        facts = check_source(source, _choice_of(recipe, memo), memo)
         _check_fit(recipe, facts, source, prompts, found)
     found.raise_all()
-    latent = image_size(recipe.sampling.size, source) // vae_scale(source)
-    expected = forecast(recipe, facts, source, latent=latent, measured=measured, columns=columns)
-    _check_disk(out, expected)
-    notes = _check_memory(expected, recipe, facts, ignore=ignore_memory)
-    return Plan(made, measured, columns, problems, last, source, facts, expected, (*facts.notes, *notes))
+    key = digest_of([__version__, recipe.model_dump(mode="json"), facts.digest, last, made, measured, targets])
+    plan = Plan(made, measured, columns, problems, last, source, facts, None, key, facts.notes)
+    return plan if resume and is_finished(out, key) else _forecast(plan, recipe, out, ignore_memory=ignore_memory)
 
 
 def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:
@@ -185,6 +200,17 @@ def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[
         _check_shapes(recipe, facts, source)
     with found.gather():
         check_prompts(prompts, source)
+
+
+def _forecast(plan: Plan, recipe: Recipe, out: Path, *, ignore_memory: bool) -> Plan:
+    """Return the plan with what it will take; a run that would not fit is refused."""
+    from exporter.forecast import forecast  # seconds to import and to compute
+
+    latent = image_size(recipe.sampling.size, plan.source) // vae_scale(plan.source)
+    expected = forecast(recipe, plan.facts, plan.source, latent=latent, measured=plan.measured, columns=plan.columns)
+    check_disk(out, expected)
+    notes = check_memory(expected, recipe, plan.facts, ignore=ignore_memory)
+    return replace(plan, expected=expected, notes=(*plan.notes, *notes))
 
 
 def _extent(recipe: Recipe, until: str | None) -> tuple[tuple[str, ...], str]:
@@ -299,12 +325,14 @@ def _config_of(path: str, config: str | None) -> Path:
     return Path(config).expanduser()
 
 
-def _choice_of(recipe: Recipe) -> Choice:
+def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
     given = recipe.source
     return Choice(
         variant=given.variant,
         safety_checker=given.safety_checker == "keep",
-        loras=tuple(find_lora(lora.path, lora.weight, f"source.loras[{i}]") for i, lora in enumerate(given.loras)),
+        loras=tuple(
+            find_lora(lora.path, lora.weight, f"source.loras[{i}]", memo) for i, lora in enumerate(given.loras)
+        ),
         single_file=Path(given.path or "").expanduser() if _is_single_file(recipe) else None,
     )
 
@@ -339,39 +367,3 @@ def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
             "Widen it, or set sampling.size."
         )
         raise RecipeError(msg)
-
-
-def _check_disk(out: Path, expected: Forecast) -> None:
-    """Refuse a run whose files would not fit, with what to change."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free >> 20
-    written = size_bytes(out) >> 20 if out.is_dir() else 0
-    if expected.disk_mib - written > free:
-        msg = (
-            f"--out {out}: not enough room; got {free} MiB free, expected about {expected.disk_mib - written} MiB. "
-            "Give another folder, or free some space."
-        )
-        raise RecipeError(msg)
-
-
-def _check_memory(expected: Forecast, recipe: Recipe, facts: SourceFacts, *, ignore: bool) -> tuple[str, ...]:
-    """Refuse a run that would not fit into memory, with what to change; return a note where it goes on all the same."""
-    available = psutil.virtual_memory().available >> 20
-    if expected.needed_mib <= available:
-        return ()
-    if ignore:
-        return (
-            f"memory: {available} MiB were free and about {expected.needed_mib} MiB expected to be needed "
-            f"({expected.phase}); started all the same, as {IGNORE_MEMORY} says",
-        )
-    fixes = ["close other programs"]
-    if any(stage.kind == "tune" for stage in recipe.stages):
-        fixes.append("tune on a larger machine")
-    if recipe.sampling.batch > 1:
-        fixes.append("write sampling.batch: 1")
-    largest = max(facts.parameters, key=lambda name: facts.parameters[name])
-    fixes.append(f"cut more of {largest} (keep_ratio)")
-    raise RecipeError(
-        f"memory: the run would not fit; got {available} MiB free, expected about {expected.needed_mib} MiB for "
-        f"{expected.phase}. To change that: {', or '.join(fixes)}. If you know better, run it with {IGNORE_MEMORY}."
-    )

@@ -21,6 +21,9 @@ class Progress(Protocol):
     def finish(self) -> None:
         """End the task."""
 
+    def say(self, text: str) -> None:
+        """Tell one thing that is no task, such as ``1-pruned reused``."""
+
 
 class Silent:
     """Reports nothing."""
@@ -32,6 +35,9 @@ class Silent:
         """Ignore."""
 
     def finish(self) -> None:
+        """Ignore."""
+
+    def say(self, text: str) -> None:
         """Ignore."""
 
 
@@ -77,6 +83,11 @@ class Lines:
             self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
             self._stream.flush()
         self._title = ""
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+        self._stream.flush()
 
     def _show(self, now: float) -> None:
         took = now - self._started

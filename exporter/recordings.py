@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from calibration.index import LAYOUT
-from calibration.record import record
 from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, reusable, write_artifact
-from exporter.lowering.export import ExportOptions
-from exporter.networks.pipeline import load_pipeline
+from exporter.lowering.options import ExportOptions
+from exporter.memo import FileMemo
 from exporter.progress import Progress
 from exporter.prompts import prompt_set
 from exporter.recipe import Recipe
-from exporter.sampling import use_scheduler
 from exporter.states import family_of, form_of, image_size, is_guided_by_rows, vae_scale
 
 _DATA = "data"
@@ -43,7 +41,7 @@ def export_options(recipe: Recipe, dense: Path) -> ExportOptions:
     )
 
 
-def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progress, *, verify: bool) -> Recording:
+def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progress, memo: FileMemo) -> Recording:
     """Record the dense pipeline on the recipe's prompts, or find it done.
 
     Raises:
@@ -55,9 +53,13 @@ def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progre
     part = {"prompts": chosen.digest, "seed": recipe.measure.seed, "sampling": sampling}
     key = digest_of(["recording", LAYOUT, __version__, dense.digest, part])
     final = out / "recordings" / f"dense-{key[:16]}"
-    found = reusable(final, key, verify=verify)
+    found = reusable(final, key, memo)
 
     def build(folder: Path) -> Mapping[str, Any]:
+        from calibration.record import record  # diffusers takes seconds to import
+        from exporter.networks.pipeline import load_pipeline
+        from exporter.sampling import use_scheduler
+
         pipeline = load_pipeline(dense.path)
         use_scheduler(pipeline, sampling["scheduler"])
         pipeline.set_progress_bar_config(disable=True)
@@ -77,5 +79,5 @@ def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progre
         return {"digest": made.digest, **part}
 
     if found is None:
-        write_artifact(final, build, kind="recording", key=key, parent=dense.digest)
+        write_artifact(final, build, kind="recording", key=key, parent=dense.digest, memo=memo)
     return Recording.open(final / _DATA, verify=False)

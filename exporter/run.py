@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
-import platform
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from calibration.errors import CalibrationError
 from exporter import __version__
 from exporter.artifact import Artifact, disk_failure, locked, write_text
-from exporter.bench import Bench, find_judges
+from exporter.bench import DENSE, Bench
+from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
+from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.forecast import compare
 from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state
-from exporter.measuring import measure_cell
+from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
 from exporter.networks.components import denoiser
@@ -31,24 +26,13 @@ from exporter.preflight import Plan, check_recipe, parse_gates
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.recordings import dense_recording, export_options, resolved_sampling
+from exporter.report.formatting import measured
 from exporter.report.record import CellRecord, GateRecord, RunRecord, StateRecord, TargetRecord
 from exporter.report.writing import write_record, write_reports
 from exporter.states import pipeline_class_of
 from exporter.transforms import Lab, make_dense, make_state
+from exporter.unchanged import note_finished, note_started
 from targets.base import TargetError
-
-_LIBRARIES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "openvino",
-    "torch-pruning",
-    "torchmetrics",
-    "numpy",
-)
 
 
 @dataclass
@@ -59,13 +43,16 @@ class _Run:
     plan: Plan
     out: Path
     progress: Progress
-    verify: bool
+    memo: FileMemo
+    measure_again: bool
     started: str
     clock: float
+    shared: str = ""
     states: dict[str, Artifact] = field(default_factory=dict)
     records: list[StateRecord] = field(default_factory=list)
     cells: list[CellRecord] = field(default_factory=list)
     gates: list[GateRecord] = field(default_factory=list)
+    gated: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -79,6 +66,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
     *,
     progress: Progress,
     verify: bool = False,
+    measure_again: bool = False,
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
@@ -90,7 +78,8 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         recipe: what to do.
         out: folder of the run; made when missing, resumed when not.
         progress: what long work reports to.
-        verify: hash every file of reused artifacts instead of trusting size, time and inode.
+        verify: hash every file of the source and of reused artifacts, whatever earlier runs found out about it.
+        measure_again: measure every cell, also where nothing that it depends on has changed.
         until: stop after this state or phase.
         targets: only these targets of the recipe.
         states: measure only these states.
@@ -103,14 +92,28 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         RecipeError, SourceError: before any work.
         ExporterError: a state could not be made; what was measured before it is in the report.
     """
-    plan = check_recipe(recipe, out, until=until, targets=targets, states=states, ignore_memory=ignore_memory)
+    memo = FileMemo() if verify else FileMemo.load(out)
+    plan = check_recipe(
+        recipe,
+        out,
+        until=until,
+        targets=targets,
+        states=states,
+        memo=memo,
+        resume=not measure_again,
+        ignore_memory=ignore_memory,
+    )
     with locked(out):
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        run = _Run(recipe, plan, out, progress, verify, started, time.monotonic())
+        run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic())
         run.found = (out / "states").is_dir()
+        if plan.expected is not None:
+            note_started(out)
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
             _carry_out(run)
+            if all(cell.status == "ok" for cell in run.cells):
+                note_finished(out, plan.key)
         except (ExporterError, KeyboardInterrupt, OSError, CalibrationError) as error:
             failure = _as_ours(error, out)
             code = failure.exit_code if failure else 130
@@ -124,18 +127,17 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
 def _carry_out(run: _Run) -> None:
     dense, reused, took = _timed(lambda: _dense(run))
     _note_state(run, dense, reused, took)
-    recording = dense_recording(run.recipe, dense, run.out, run.progress, verify=run.verify)
-    run.used |= {"0-dense", recording.folder.parent.name}
-    lab = Lab(run.recipe, run.out, run.progress, recording)
+    recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)
+    run.used |= {DENSE, recording.folder.parent.name}
+    run.shared = shared_key(run.recipe, dense, recording, environment(), run.memo)
+    lab = Lab(run.recipe, run.out, run.progress, recording, run.memo)
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
-    shop = Workshop(
-        run.out, export, recording, sampling, run.progress, run.verify, run.recipe.export.requested, run.used
-    )
-    bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress, find_judges(run.recipe))
+    shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
+    bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
     parent = dense
     for name in run.plan.states:
-        if name != "0-dense":
+        if name != DENSE:
             index = int(name.partition("-")[0]) - 1
             parent, reused, took = _timed(
                 lambda parent=parent, index=index, name=name: make_state(
@@ -147,15 +149,23 @@ def _carry_out(run: _Run) -> None:
             for column in run.plan.columns:
                 run.cells.append(_cell(run, parent, column, shop, bench))
                 run.peak_mib = shop.peak_mib
+                _save_memo(run)
                 write_record(_record(run, complete=False, code=exit_code_of(run.codes)), run.out)
             if not _pass_gates(run, name) and run.recipe.on_miss == "stop" and name != run.plan.states[-1]:
                 run.notes.append(f"stopped after {name}: a gate was missed and on_miss is stop")
                 break
     write_text(run.out / "used.json", remember_used(run.out, sorted(run.used)))
+    _save_memo(run)
+    if run.found:
+        run.progress.say(f"{len(run.memo.read)} of {run.memo.asked} files read again")
+
+
+def _save_memo(run: _Run) -> None:
+    write_text(run.out / MEMO, run.memo.text())
 
 
 def _dense(run: _Run) -> tuple[Artifact, bool]:
-    return make_dense(run.plan.source, run.plan.facts, run.out / "states" / "0-dense", verify=run.verify)
+    return make_dense(run.plan.source, run.plan.facts, run.out / "states" / DENSE, run.memo)
 
 
 def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Bench) -> CellRecord:
@@ -163,6 +173,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
     name = state.path.name
     earlier = next((cell for cell in run.cells if cell.target == column.name and cell.status == "failed"), None)
     shop.seconds.clear()
+    made = len(shop.made)
     try:
         exported = export_state(state, shop)
         if run.plan.until == "export":
@@ -173,13 +184,44 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         fixed = None
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
-        cell = measure_cell(state, engine, column.name, bench, fixed=fixed)
+        cell = _measured(run, state, column, bench, _Lowered(engine, fixed))
+        if name == DENSE:
+            bench.engines[column.name] = engine
+        told = ["engine reused"] if len(shop.made) == made else []
+        if told or cell.reused:
+            run.progress.say(f"{name} on {column.name}: {', '.join([*told, measured(cell) or 'measured now'])}")
         return cell.model_copy(update={"seconds": {**shop.seconds, **cell.seconds}})
     except (ExporterError, TargetError) as caught:
         error = caught if isinstance(caught, ExporterError) else ComponentFailed(str(caught))
         run.codes.append(ComponentFailed.exit_code if error.exit_code not in (1, 4) else error.exit_code)
         note = f" (it failed for state {earlier.state} too)" if earlier else ""
         return CellRecord(state=name, target=column.name, status="failed", error=f"{error}{note}")
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """An engine, and the denoiser with fixed shapes where the recipe opens them."""
+
+    engine: Artifact
+    fixed: Artifact | None
+
+
+def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered: _Lowered) -> CellRecord:
+    """Return an earlier run's cell where nothing that it depends on has changed, or measure."""
+    name, engine, fixed = state.path.name, lowered.engine, lowered.fixed
+    paired = None if name == DENSE else bench.engines.get(column.name)
+    key = cell_key(run.shared, state, engine, dense_engine=paired, fixed=fixed)
+    kept = Cells(run.out, run.memo)
+    cell = None if run.measure_again else kept.find(name, column.name, key)
+    if cell is not None:
+        return cell
+    from exporter.measuring import measure_cell  # seconds to import
+
+    cell = measure_cell(state, engine, column.name, bench, fixed=None if fixed is None else fixed.path)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    cell = cell.model_copy(update={"measured_at": now})
+    kept.keep(cell, key)
+    return cell
 
 
 def _pass_gates(run: _Run, state: str) -> bool:
@@ -190,6 +232,7 @@ def _pass_gates(run: _Run, state: str) -> bool:
     results = evaluate(parse_gates(run.recipe), measurements, run.recipe.state_ids, names, only_state=state)
     found = [GateRecord(**vars(item)) for item in results if (item.state, item.target) not in failed]
     run.gates += found
+    run.gated.add(state)
     missed = [gate for gate in found if gate.status == "missed"]
     unknown = [gate for gate in found if gate.status == "not measured"] if run.recipe.unmeasured == "fail" else []
     if missed or unknown:
@@ -197,10 +240,20 @@ def _pass_gates(run: _Run, state: str) -> bool:
     return not missed and not unknown
 
 
+def _pending(run: _Run) -> int:
+    """Return how many gates wait for states that were not measured yet."""
+    names, gates = [column.name for column in run.plan.columns], parse_gates(run.recipe)
+    waiting = [state for state in run.plan.measured if state not in run.gated]
+    return sum(len(evaluate(gates, [], run.recipe.state_ids, names, only_state=state)) for state in waiting)
+
+
 def _note_state(run: _Run, state: Artifact, reused: bool, took: float) -> None:
     facts = state.manifest.facts
     run.states[state.path.name] = state
     run.used.add(state.path.name)
+    _save_memo(run)
+    if reused:
+        run.progress.say(f"{state.path.name} reused")
     run.records.append(
         StateRecord(
             id=state.path.name,
@@ -238,6 +291,7 @@ def _record(run: _Run, *, complete: bool, code: int) -> RunRecord:
         targets=_target_records(run),
         cells=run.cells + _missing_cells(run),
         gates=run.gates,
+        pending=0 if complete else _pending(run),
         forecast=_forecast(run) if complete else {},
         notes=[*run.plan.notes, *run.notes],
     )
@@ -245,10 +299,13 @@ def _record(run: _Run, *, complete: bool, code: int) -> RunRecord:
 
 def _forecast(run: _Run) -> dict[str, dict[str, float]]:
     """Compare preflight's figures with what happened; a run that found work done proves nothing about them."""
-    if run.plan.until != "measure" or run.found or any(cell.status != "ok" for cell in run.cells):
+    expected = run.plan.expected
+    if expected is None or run.plan.until != "measure" or run.found or any(c.status != "ok" for c in run.cells):
         return {}
+    from exporter.forecast import compare
+
     return compare(
-        run.plan.expected,
+        expected,
         memory_mib=max(own_peak_rss_mib(), run.peak_mib),
         disk_mib=size_bytes(run.out) / MIB,
         seconds=time.monotonic() - run.clock,
@@ -284,35 +341,6 @@ def _missing_cells(run: _Run) -> list[CellRecord]:
         if state in run.states
         for name, error in run.plan.problems.items()
     ]
-
-
-def environment() -> dict[str, Any]:
-    """Return what numbers of this machine depend on."""
-    return {
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_mib": psutil.virtual_memory().total >> 20,
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _timed(work: Any) -> Any:

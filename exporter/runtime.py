@@ -74,14 +74,14 @@ class EngineFacts:
             raise ArtifactError(msg) from error
 
 
-def check_engine(folder: Path, *, verify: bool = True) -> tuple[Artifact, EngineFacts]:
+def check_engine(folder: Path) -> tuple[Artifact, EngineFacts]:
     """Check an engine folder against its digests, this device and these versions, before anything is loaded.
 
     Raises:
         ArtifactError: a file is missing or changed, or the engine was compiled with another runtime version.
         ToolMissing: the runtime or the device it needs is not here.
     """
-    artifact = open_artifact(folder, verify=verify, kind="engine")
+    artifact = open_artifact(folder, kind="engine")
     facts = EngineFacts.of(artifact)
     if facts.target not in targets.TARGETS:
         known = ", ".join(targets.TARGETS)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-
 from calibration.calling import Drawing
 from exporter.errors import RecipeError, SourceError
 from exporter.networks.components import denoiser
@@ -16,23 +14,27 @@ from exporter.recipe import Sampling
 from exporter.states import config_of, family_of, image_size, own_size, pipeline_class_of, size_step
 from exporter.validation import one_of
 
-_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "ddim": (DDIMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
 }
+"""Name in the recipe to diffusers' class and the options that it is given."""
 
 
-def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+def use_scheduler(pipeline: Any, name: str) -> None:
     """Give the pipeline the scheduler of this name; ``source`` leaves its own.
 
     Args:
-        pipeline: changed in place.
+        pipeline: diffusers', changed in place.
         name: a value of the recipe's ``sampling.scheduler``.
     """
     if name == "source":
         return
-    cls, changes = _SCHEDULERS[name]
+    import diffusers  # seconds to import
+
+    named, changes = _SCHEDULERS[name]
+    cls = getattr(diffusers, named)
     if not isinstance(pipeline.scheduler, cls):
         pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **changes)
 

@@ -21,6 +21,7 @@ from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
 from exporter.dense import fill_dense
 from exporter.errors import RecipeError
+from exporter.memo import FileMemo
 from exporter.networks.components import Component
 from exporter.networks.inputs import SHARED, as_arguments
 from exporter.networks.loras import fused_entry
@@ -58,12 +59,14 @@ class Lab:
         out: the run's folder.
         progress: what long work reports to.
         recording: of the dense pipeline.
+        memo: what is known of files.
     """
 
     recipe: Recipe
     out: Path
     progress: Progress
     recording: Recording
+    memo: FileMemo
 
     def samples(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the denoiser's inputs along the dense trajectory, one dictionary per timestep."""
@@ -99,14 +102,14 @@ def stage_options(recipe: Recipe, index: int) -> Any:
     return options_from(method.options, given, f"{place}.{stage.kind}")
 
 
-def make_dense(source: Path, facts: SourceFacts, final: Path, *, verify: bool) -> tuple[Artifact, bool]:
+def make_dense(source: Path, facts: SourceFacts, final: Path, memo: FileMemo | None = None) -> tuple[Artifact, bool]:
     """Copy what is needed of a source pipeline into the first state.
 
     Returns:
         The artifact and whether it was already there.
     """
     key = digest_of(["dense", __version__, facts.digest])
-    found = reusable(final, key, verify=verify)
+    found = reusable(final, key, memo)
     if found is not None:
         return found, True
 
@@ -114,7 +117,7 @@ def make_dense(source: Path, facts: SourceFacts, final: Path, *, verify: bool) -
         fill_dense(source, facts, folder)
         return _facts_of(folder, None, {"safety_checker": facts.safety_checker, "loras": fused_entry(facts.loras)})
 
-    return write_artifact(final, build, kind="state", key=key, parent=None, made=_versions()), False
+    return write_artifact(final, build, kind="state", key=key, parent=None, made=_versions(), memo=memo), False
 
 
 def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: Lab) -> tuple[Artifact, bool]:
@@ -129,7 +132,7 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     if stage.kind == "tune":  # a tuning method generates its data with the dense pipeline and the recipe's sampling
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
     key = digest_of([parent.digest, recipe_part, _versions()])
-    found = reusable(final, key)
+    found = reusable(final, key, lab.memo)
     if found is not None:
         return found, True
     workdir = lab.out / "work" / key[:32]
@@ -144,7 +147,16 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
         shutil.copyfile(parent.path / "model_index.json", folder / "model_index.json")
         return _facts_of(folder, stage, facts)
 
-    made = write_artifact(final, build, kind="state", key=key, parent=parent.digest, made=_versions())
+    made = write_artifact(
+        final,
+        build,
+        kind="state",
+        key=key,
+        parent=parent.digest,
+        made=_versions(),
+        sources=[parent.path],
+        memo=lab.memo,
+    )
     shutil.rmtree(workdir, ignore_errors=True)
     return made, False
 

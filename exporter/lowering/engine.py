@@ -20,15 +20,11 @@ from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
 from exporter.errors import ComponentFailed, ToolMissing
-from exporter.lowering.export import ExportOptions, export_component
 from exporter.lowering.feeds import recorded_calls, spread
-from exporter.lowering.layout import write_layout
-from exporter.lowering.parity import compare_answers, torch_answers
-from exporter.lowering.stored import stored_weights
-from exporter.lowering.wrappers import part_of
+from exporter.lowering.options import ExportOptions
+from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
-from exporter.networks.storage import load_network, open_bare
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
 from targets.base import Target, TargetError, TargetMissing, engine_file_of
@@ -66,9 +62,10 @@ class Workshop:
         sampling: the recipe's sampling as it goes into the engine's facts, `size` resolved.
         scheduler: writes the recipe's scheduler into a folder.
         progress: what long work reports to.
-        verify: hash reused files.
+        memo: what is known of files.
         requested: names of the components on request that are exported too.
         used: names of the folders this run needs, for garbage collection.
+        made: what was exported, compiled and laid out instead of reused.
         seconds: what each lowering took, by step, since it was last read.
         peak_mib: the most memory that a compiling process had.
     """
@@ -78,9 +75,10 @@ class Workshop:
     recording: Recording
     sampling: dict[str, Any]
     progress: Progress
-    verify: bool = False
+    memo: FileMemo = field(default_factory=FileMemo)
     requested: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
+    made: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mib: float = 0.0
 
@@ -123,11 +121,13 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
     key = digest_of([facts, {name: artifact.digest for name, artifact in compiled.items()}])
     final = shop.out / "engines" / state.path.name / column.name
     shop.used.add(f"{state.path.name}/{column.name}")
-    found = reusable(final, key, verify=shop.verify)
+    found = reusable(final, key, shop.memo)
     if found is not None:
         return found
 
     def build(folder: Path) -> Mapping[str, Any]:
+        from exporter.lowering.layout import write_layout  # diffusers takes seconds to import
+
         for name, artifact in compiled.items():
             link_tree(artifact.path, folder / name)
         engine_file = engine_file_of(column.target, column.options)
@@ -136,17 +136,19 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
         )
         return facts
 
-    return write_artifact(final, build, kind="engine", key=key, parent=state.digest)
+    shop.made.append(f"engine {state.path.name} on {column.name}")
+    sources = [state.path, *(artifact.path for artifact in compiled.values())]
+    return write_artifact(final, build, kind="engine", key=key, parent=state.digest, sources=sources, memo=shop.memo)
 
 
-def compile_fixed(state: Artifact, component: Component, column: Column, shop: Workshop) -> Path:
-    """Return the folder of one component compiled with the recipe's own shapes fixed, as the measure of open ones.
+def compile_fixed(state: Artifact, component: Component, column: Column, shop: Workshop) -> Artifact:
+    """Return one component compiled with the recipe's own shapes fixed, as the measure of open ones.
 
     Raises:
         ToolMissing, ComponentFailed: as `export_state` and `compile_state`.
     """
     fixed = replace(shop, export=replace(shop.export, dynamic=False))
-    return _compile(_export(state, component, fixed), component.name, column, fixed).path
+    return _compile(_export(state, component, fixed), component.name, column, fixed)
 
 
 def tokens_of(component: Component, shop: Workshop) -> int:
@@ -166,6 +168,12 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
     place = f"{component.name}, state {state.path.name}"
 
     def build(out: Path) -> Mapping[str, Any]:
+        from exporter.lowering.export import export_component  # seconds to import
+        from exporter.lowering.parity import compare_answers, torch_answers
+        from exporter.lowering.stored import stored_weights
+        from exporter.lowering.wrappers import part_of
+        from exporter.networks.storage import load_network, open_bare
+
         source, name = state.path / component.folder, component.name
         bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
         export_component(name, part_of(component, bare), out, options, weights=weights)
@@ -178,7 +186,7 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         shop.took("parity", time.monotonic() - started)
         return {"component": name, "parity": parity}
 
-    return _make(shop, folder, build, kind="onnx", key=key, parent=state.digest, title=f"Export {place}")
+    return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
 
 
 def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
@@ -197,7 +205,7 @@ def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artif
         return {"component": name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Compile {name} for {column.name}"
-    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx.digest, title=title)
+    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title)
 
 
 def _compile_apart(target: Target, source: Path, out: Path, column: Column, shop: Workshop) -> None:
@@ -216,17 +224,18 @@ def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
     *,
     kind: Kind,
     key: str,
-    parent: str,
+    parent: Artifact,
     title: str,
 ) -> Artifact:
     shop.used.add(folder)
     final = shop.out / "lowered" / folder
-    found = reusable(final, key, verify=shop.verify)
+    found = reusable(final, key, shop.memo)
     if found is not None:
         return found
     started, parity = time.monotonic(), shop.seconds.get("parity", 0.0)
     shop.progress.start(title, 1)
-    made = write_artifact(final, build, kind=kind, key=key, parent=parent)
+    made = write_artifact(final, build, kind=kind, key=key, parent=parent.digest, sources=[parent.path], memo=shop.memo)
+    shop.made.append(title)
     shop.progress.advance()
     shop.progress.finish()
     shop.took(title.split()[0].lower(), time.monotonic() - started - (shop.seconds.get("parity", 0.0) - parity))

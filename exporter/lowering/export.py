@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from exporter import __version__
 from exporter.errors import ComponentFailed
+from exporter.lowering.options import ExportOptions
 from exporter.lowering.simplify import simplify
 from exporter.lowering.stored import Held, StoredWeights, give_values, write_pointing
 from exporter.lowering.tidy import tidy, unused_initializers
@@ -29,30 +29,6 @@ DATA_FILE = "model.onnx_data"
 _PREFIX = "net."
 _SMALL = 1024  # bytes; tensors below stay in the graph, where runtimes fold them
 _OPSETS = range(18, 24)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How components become ONNX.
-
-    Attributes:
-        opset: of the ONNX operators. 20 writes attention and group normalization in basic operators, which every
-            runtime and quantizer reads; 21 has GroupNormalization, 23 Attention.
-        dynamic: leave batch, height and width open instead of fixing them.
-        batch: images per call; fixed unless `dynamic`.
-        guided: the denoiser answers two rows per image, without and with the prompt.
-        latent: side of the latent; fixed unless `dynamic`.
-        tokens: length of the text, always fixed.
-        external_bytes: weights beyond this stay in files beside the graph; below, the graph holds them.
-    """
-
-    opset: int = 20
-    dynamic: bool = False
-    batch: int = 1
-    guided: bool = True
-    latent: int = 64
-    tokens: int = 77
-    external_bytes: int = 100_000_000
 
 
 def export_component(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from exporter.artifact import link_file, link_tree
 from exporter.errors import ArtifactError, ComponentFailed
@@ -96,7 +96,7 @@ def _write_slow_tokenizer(model: Any, folder: Path) -> None:
 def _write_scheduler(state: Path, folder: Path, name: str) -> str:
     """Write the scheduler's folder; return its class."""
     holder = SimpleNamespace(scheduler=load_scheduler(state))
-    use_scheduler(cast("Any", holder), name)
+    use_scheduler(holder, name)
     holder.scheduler.save_pretrained(str(folder / _SCHEDULER))
     config = folder / _SCHEDULER / "scheduler_config.json"
     _write(config, _portable(json.loads(config.read_text(encoding="utf-8"))))

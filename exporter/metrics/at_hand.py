@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exporter.memo import FileMemo
 from exporter.metrics.images import Distance, Images
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
@@ -24,6 +26,27 @@ BATCH = 16
 
 Features = Callable[[Images], NDArray[np.float64]]
 """(n, h, w, 3) uint8 -> (n, d)."""
+
+
+def identity(memo: FileMemo, hub: Path | None = None, cache: Path | None = None) -> dict[str, str | None]:
+    """Return what decides which judges are at hand and what they say: versions and digests, None for what is missing.
+
+    Args:
+        memo: what is known of their weight files.
+        hub: folder of torch's hub; its own by default.
+        cache: folder of the model hub's cache; its own by default.
+    """
+    found: dict[str, str | None] = {}
+    for name in ("torchvision", "torch-fidelity", "torchmetrics", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    files = [_checkpoints(hub) / ALEXNET_FILE, _checkpoints(hub) / INCEPTION_FILE, _clip_file(cache)]
+    names = (ALEXNET_FILE, INCEPTION_FILE, CLIP_NAME)
+    for name, file in zip(names, files, strict=True):
+        found[name] = memo.sha256(file) if file is not None and file.is_file() else None
+    return found
 
 
 def lpips(hub: Path | None = None) -> Distance | str:
@@ -114,12 +137,17 @@ def full_clip(cache: Path | None = None) -> Clip | str:
     Args:
         cache: folder of the hub's cache; its own by default.
     """
+    found = _clip_file(cache)
+    if found is None:
+        return f"{CLIP_NAME} is not in the model cache. Run once with network access: hf download {CLIP_NAME}"
+    return clip_from_folder(found.parent, CLIP_NAME)
+
+
+def _clip_file(cache: Path | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache  # keeps `import` of this module light
 
     found = try_to_load_from_cache(CLIP_NAME, "model.safetensors", cache_dir=cache)
-    if not isinstance(found, str):
-        return f"{CLIP_NAME} is not in the model cache. Run once with network access: hf download {CLIP_NAME}"
-    return clip_from_folder(Path(found).parent, CLIP_NAME)
+    return Path(found) if isinstance(found, str) else None
 
 
 def clip_from_folder(folder: Path, name: str) -> Clip:

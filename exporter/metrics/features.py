@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
 
 from exporter.errors import ComponentFailed
 from exporter.metrics.intervals import bootstrap, wilson
@@ -230,6 +229,8 @@ def kid(
         why = f"{count} images are too few; set measure.images to {KID_LEAST} or more"
         return place.missing(name, "score", why)
     real, drawn = torch.from_numpy(reference), torch.from_numpy(features)
+    from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel  # seconds to import
+
     kernels = [poly_kernel(real, real), poly_kernel(real, drawn), poly_kernel(drawn, drawn)]
     value = float(maximum_mean_discrepancy(*kernels))
     generator = np.random.default_rng(seed)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from exporter.errors import ComponentFailed
 from exporter.metrics.fidelity import PSNR_CAP_DB
@@ -176,11 +175,15 @@ def _per_image(images: Images, reference: Images, metric: Callable[[Tensor, Tens
 
 
 def _torch_psnr(images: Tensor, reference: Tensor) -> Tensor:
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # seconds to import
+
     found: Tensor = peak_signal_noise_ratio(images, reference, data_range=255.0, reduction="none", dim=(1, 2, 3))
     return found
 
 
 def _torch_ssim(images: Tensor, reference: Tensor) -> Tensor:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     found: Tensor = structural_similarity_index_measure(images, reference, data_range=255.0, reduction="none")
     return found
 

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exporter.artifact import sha256_of
 from exporter.errors import SourceError
+from exporter.memo import FileMemo
 from exporter.networks.original_names import original_names
 from exporter.networks.weights import is_finite, opened, present_names, read_headers, weight_files
 
@@ -79,13 +79,14 @@ class _Read:
     left: list[str] = field(default_factory=list)
 
 
-def find_lora(path: str, weight: float, place: str) -> Lora:
+def find_lora(path: str, weight: float, place: str, memo: FileMemo | None = None) -> Lora:
     """Return a LoRA of the recipe after checking that its file is one.
 
     Args:
         path: as written in the recipe.
         weight: as written in the recipe.
         place: key path for messages, such as ``source.loras[0]``.
+        memo: what is known of files.
 
     Raises:
         SourceError: no such file, pickled, damaged, or not finite.
@@ -97,11 +98,17 @@ def find_lora(path: str, weight: float, place: str) -> Lora:
         raise SourceError(
             f"{place}: {file.name} may be pickled, which can run code; expected a file ending in .safetensors."
         )
+    memo = memo or FileMemo()
+    memo.recall(file, "finite", lambda: _check_finite(file, place))
+    return Lora(str(file), weight, memo.sha256(file))
+
+
+def _check_finite(file: Path, place: str) -> bool:
     with opened(file, SourceError) as handle:
         for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
             if not is_finite(handle.get_tensor(name)):
                 raise SourceError(f"{place}: NaN or infinite weights in {name!r}. Use an intact copy of the LoRA.")
-    return Lora(str(file), weight, sha256_of(file))
+    return True
 
 
 def plan_fuse(loras: tuple[Lora, ...], shapes: Shapes, index: Mapping[str, Any]) -> dict[str, dict[str, list[Update]]]:

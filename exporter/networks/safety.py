@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from exporter.errors import ArtifactError, SourceError
+from exporter.memo import FileMemo
 from exporter.networks.weights import check_finite_files, precision_of, read_headers, read_object, weight_files
 
 CHECKER, IMAGES = "safety_checker", "feature_extractor"
@@ -32,7 +33,9 @@ def has_safety_checker(index: Mapping[str, Any]) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def safety_files(folder: Path, index: Mapping[str, Any], variant: str | None) -> list[Path]:
+def safety_files(
+    folder: Path, index: Mapping[str, Any], variant: str | None, memo: FileMemo | None = None
+) -> list[Path]:
     """Return the files of a source's safety checker and its image processor, after checking them.
 
     Raises:
@@ -52,7 +55,7 @@ def safety_files(folder: Path, index: Mapping[str, Any], variant: str | None) ->
         read_object(file, SourceError)
     weights = weight_files(folder / CHECKER, CHECKER_CLASS, SourceError, variant=variant)
     precision_of(folder / CHECKER, read_headers(weights, SourceError))
-    check_finite_files(weights)
+    check_finite_files(weights, memo)
     return [*files, *weights, *(weights[0].parent.glob("*.index*.json") if len(weights) > 1 else [])]
 
 

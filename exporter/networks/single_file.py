@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.errors import SourceError
+from exporter.memo import FileMemo
 from exporter.networks.components import NETWORK_CLASSES, PIPELINE_CLASSES, class_from, present_components
 from exporter.networks.probe import FORWARD_FAILURES
 from exporter.networks.weights import PRECISIONS, check_finite_files, read_headers, read_object
@@ -41,12 +42,13 @@ def refuse_pickles(path: Path) -> None:
         )
 
 
-def check_single_file(path: Path, pipeline_class: str) -> Stored:
+def check_single_file(path: Path, pipeline_class: str, memo: FileMemo | None = None) -> Stored:
     """Check what can be known of a checkpoint from its header and numbers.
 
     Args:
         path: the file.
         pipeline_class: of the config folder beside it.
+        memo: what is known of files.
 
     Raises:
         SourceError: not safetensors, damaged, not finite, a LoRA, or of a family that has no single-file form.
@@ -57,7 +59,7 @@ def check_single_file(path: Path, pipeline_class: str) -> Stored:
         raise SourceError(f"{path}: a LoRA, not a model. Give the model as source, and this under source.loras.")
     if not hasattr(class_from(PIPELINE_CLASSES, pipeline_class, str(path)), "from_single_file"):
         raise SourceError(f"{path}: {pipeline_class} has no single-file form. Give a pipeline folder as source.path.")
-    check_finite_files([path])
+    check_finite_files([path], memo)
     # Entries without a dot are schedules of the training, which pipelines do not read.
     used = {fact.dtype for name, fact in facts.items() if "." in name and not name.startswith(_NOT_OF_NETWORKS)}
     unknown = [name for name in used if name.startswith(("F", "BF")) and name not in PRECISIONS]

@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from exporter.artifact import sha256_of
 from exporter.errors import SourceError
+from exporter.memo import FileMemo
 from exporter.networks.components import (
     FAMILIES,
     SCHEDULER_CLASSES,
@@ -26,7 +26,6 @@ from exporter.networks.components import (
 from exporter.networks.loras import Lora, plan_fuse
 from exporter.networks.safety import SAFETY_PARTS, has_safety_checker, safety_files
 from exporter.networks.single_file import Stored, check_single_file
-from exporter.networks.storage import build_network
 from exporter.networks.weights import (
     check_finite_files,
     precision_of,
@@ -209,17 +208,18 @@ def _snapshot(repository: str, revision: str, allow: list[str], ignore: list[str
     return Path(found)
 
 
-def check_source(folder: Path, choice: Choice | None = None) -> SourceFacts:
+def check_source(folder: Path, choice: Choice | None = None, memo: FileMemo | None = None) -> SourceFacts:
     """Return what a source folder holds, after checking all of it that loading will read.
 
     Args:
         folder: from `open_source`.
         choice: what the recipe chooses of it; by default the plain weights and nothing else.
+        memo: what is known of files: of those it knows, only headers are read.
 
     Raises:
         SourceError: anything is missing, damaged, not safe to load or not supported; the message names the file.
     """
-    chosen = choice or Choice()
+    chosen, memo = choice or Choice(), memo or FileMemo()
     path = folder / MODEL_INDEX
     if not path.is_file():
         raise SourceError(
@@ -234,10 +234,14 @@ def check_source(folder: Path, choice: Choice | None = None) -> SourceFacts:
     parameters: dict[str, int] = {}
     precisions: dict[str, str] = {}
     networks = present_components(str(name), index)
-    stored = check_single_file(chosen.single_file, str(name)) if chosen.single_file is not None else None
+    stored = check_single_file(chosen.single_file, str(name), memo) if chosen.single_file is not None else None
     for component in networks:
         _check_config(folder, component, index)
-        read = _from_config(folder, component, stored) if stored else _from_weights(folder, component, chosen.variant)
+        read = (
+            _from_config(folder, component, stored)
+            if stored
+            else _from_weights(folder, component, chosen.variant, memo)
+        )
         files += [folder / component.folder / "config.json", *read.files]
         sizes[component.name] = read.size
         parameters[component.name] = read.parameters
@@ -246,7 +250,7 @@ def check_source(folder: Path, choice: Choice | None = None) -> SourceFacts:
     tokenizers = present_tokenizers(str(name), index)
     for part, table in (*((part, TOKENIZER_CLASSES) for part in tokenizers), ("scheduler", own)):
         files += _check_part(folder, part, index, table)
-    files += safety_files(folder, index, chosen.variant) if chosen.safety_checker else []
+    files += safety_files(folder, index, chosen.variant, memo) if chosen.safety_checker else []
     if chosen.loras:
         plan_fuse(chosen.loras, shapes_of(folder, networks), index)
     names = tuple(sorted(file.relative_to(folder).as_posix() for file in files))
@@ -256,7 +260,7 @@ def check_source(folder: Path, choice: Choice | None = None) -> SourceFacts:
         sizes,
         parameters,
         names,
-        _digest(folder, files, chosen),
+        _digest(folder, files, chosen, memo),
         precisions,
         chosen.variant,
         _fate(chosen, index),
@@ -267,6 +271,8 @@ def check_source(folder: Path, choice: Choice | None = None) -> SourceFacts:
 
 def shapes_of(folder: Path, parts: tuple[Component, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the tensors that the configs of a pipeline's networks ask for: component folder to name to shape."""
+    from exporter.networks.storage import build_network  # seconds to import
+
     networks = {part.folder: build_network(folder / part.folder, cls=part.cls) for part in parts}
     return {name: {key: tuple(t.shape) for key, t in net.state_dict().items()} for name, net in networks.items()}
 
@@ -281,12 +287,12 @@ class _Weights:
     precision: str
 
 
-def _from_weights(folder: Path, component: Component, variant: str | None) -> _Weights:
+def _from_weights(folder: Path, component: Component, variant: str | None, memo: FileMemo) -> _Weights:
     place = folder / component.folder
     weights = weight_files(place, component.cls, SourceError, variant=variant)
     headers = read_headers(weights, SourceError)
     precision = precision_of(place, headers)
-    check_finite_files(weights)
+    check_finite_files(weights, memo)
     indexes = sorted(place.glob("*.safetensors.index*.json")) if len(weights) > 1 else []
     size = sum(file.stat().st_size for file in weights)
     return _Weights([*weights, *indexes], size, sum(prod(fact.shape) for fact in headers.values()), precision)
@@ -294,16 +300,18 @@ def _from_weights(folder: Path, component: Component, variant: str | None) -> _W
 
 def _from_config(folder: Path, component: Component, stored: Stored) -> _Weights:
     """Return what a network will be that a single checkpoint file holds."""
+    from exporter.networks.storage import build_network
+
     network = build_network(folder / component.folder, cls=component.cls)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _Weights([], parameters * stored.width, parameters, stored.precision)
 
 
-def _digest(folder: Path, files: list[Path], chosen: Choice) -> str:
-    contents: list[Any] = sorted((file.relative_to(folder).as_posix(), sha256_of(file)) for file in files)
+def _digest(folder: Path, files: list[Path], chosen: Choice, memo: FileMemo) -> str:
+    contents: list[Any] = sorted((file.relative_to(folder).as_posix(), memo.sha256(file)) for file in files)
     contents += [["lora", lora.sha256, lora.weight] for lora in chosen.loras]
     if chosen.single_file is not None:
-        contents.append(["single file", sha256_of(chosen.single_file)])
+        contents.append(["single file", memo.sha256(chosen.single_file)])
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

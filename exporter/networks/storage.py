@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -174,6 +173,8 @@ def build_network(folder: Path, *, cls: str) -> nn.Module:
     Raises:
         ArtifactError: the config is damaged, of another class or not buildable.
     """
+    from accelerate import init_empty_weights  # seconds to import
+
     network_class = class_from(NETWORK_CLASSES, cls, str(folder))
     config = read_config(folder, cls)
     try:

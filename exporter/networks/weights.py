@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from exporter.errors import ArtifactError, ExporterError, SourceError
+from exporter.memo import FileMemo
 
 WEIGHT_STEMS: Mapping[str, str] = {
     "AutoencoderKL": "diffusion_pytorch_model",
@@ -313,16 +315,22 @@ def check_finite(module: nn.Module, *, place: str = "") -> None:
             raise SourceError(f"{place or type(module).__name__}: NaN or infinite weights; got them in {name!r}.")
 
 
-def check_finite_files(files: Iterable[Path]) -> None:
-    """Raise SourceError naming file and tensor where weights on disk hold NaN or infinity."""
+def check_finite_files(files: Iterable[Path], memo: FileMemo | None = None) -> None:
+    """Raise SourceError naming file and tensor where weights on disk hold NaN or infinity; not where `memo` knows."""
+    memo = memo or FileMemo()
     for path in files:
-        with opened(path, SourceError) as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                if not is_finite(handle.get_tensor(name)):
-                    raise SourceError(
-                        f"{path}: NaN or infinite weights; got them in tensor {name!r}, expected finite numbers. "
-                        "Use an intact copy of the model."
-                    )
+        memo.recall(path, "finite", partial(_check_finite_file, path))
+
+
+def _check_finite_file(path: Path) -> bool:
+    with opened(path, SourceError) as handle:
+        for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+            if not is_finite(handle.get_tensor(name)):
+                raise SourceError(
+                    f"{path}: NaN or infinite weights; got them in tensor {name!r}, expected finite numbers. "
+                    "Use an intact copy of the model."
+                )
+    return True
 
 
 def is_finite(tensor: Tensor) -> bool:

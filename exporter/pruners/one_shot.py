@@ -6,8 +6,6 @@ from torch import nn
 
 from exporter.progress import Progress
 from exporter.pruners.base import CutOptions, Importance
-from exporter.pruners.blocks import cut_blocks
-from exporter.pruners.channels import cut_channels
 
 
 def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *, progress: Progress) -> None:
@@ -16,6 +14,9 @@ def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *,
     Raises:
         RecipeError: the options remove nothing from this network.
     """
+    from exporter.pruners.blocks import cut_blocks  # diffusers and torch-pruning take seconds to import
+    from exporter.pruners.channels import cut_channels
+
     if options.cut == "blocks":
         cut_blocks(network, options, importance.of_block)
     else:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.names import METRICS
-from exporter.report.record import GateRecord
+from exporter.report.record import CellRecord, GateRecord
 
 NOT_MEASURED = "not measured"
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -124,6 +124,11 @@ def moment(written: str) -> str:
     except ValueError:
         return written
     return f"{found:%Y-%m-%d %H:%M} {found.tzname() or ''}".rstrip()
+
+
+def measured(cell: CellRecord) -> str:
+    """Return ``measured 2026-11-21 14:05 UTC, reused`` for a cell that an earlier run measured, else nothing."""
+    return f"measured {moment(cell.measured_at)}, reused" if cell.reused else ""
 
 
 def count(value: int) -> str:

@@ -72,6 +72,7 @@ def render_html(record: RunRecord, root: Path) -> str:
         count=formatting.count,
         number=formatting.number,
         timestep=formatting.timestep,
+        measured=formatting.measured,
         plural=formatting.plural,
         breakable=_breakable,
         marker=lambda index: MARKER_GLYPHS[index % len(MARKER_GLYPHS)],

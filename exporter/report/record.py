@@ -77,6 +77,9 @@ class CellRecord(_Record):
         status: ``ok``, ``failed`` (see `error`), or ``not run`` (see `error` for the reason).
         evidence: component -> `targets.base.Evidence` as JSON, layers included.
         engine: path of the engine folder relative to the report, None when there is none.
+        seconds: what it took in this run, by step; empty when reused.
+        measured_at: when the measurements were taken, ISO 8601; empty when they were not.
+        reused: whether an earlier run took them; nothing that they depend on has changed since.
     """
 
     state: str
@@ -88,6 +91,8 @@ class CellRecord(_Record):
     evidence: dict[str, dict[str, Any]] = {}
     engine: str | None = None
     seconds: dict[str, float] = {}
+    measured_at: str = ""
+    reused: bool = False
 
 
 class GateRecord(_Record):
@@ -117,6 +122,7 @@ class RunRecord(_Record):
     """One run, whole. `complete` is False while it is under way or after it was stopped; `stopped` says why then.
 
     `forecast` compares memory, disk and time with what preflight expected; empty where the run found work done.
+    `pending` is how many gates of an unfinished run are still to be applied.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -134,6 +140,7 @@ class RunRecord(_Record):
     targets: list[TargetRecord]
     cells: list[CellRecord]
     gates: list[GateRecord]
+    pending: int = 0
     forecast: dict[str, dict[str, float]] = {}
     notes: list[str] = []
     stopped: str = ""

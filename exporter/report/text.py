@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from exporter.report.formatting import printable
+from exporter.report.formatting import measured, printable
 from exporter.report.record import RunRecord
 from exporter.report.table import COLUMNS, LATENCY_COLUMN, Entry, Row, build
 from exporter.report.verdict import judge, place
@@ -60,7 +60,18 @@ def _table(record: RunRecord) -> list[str]:
     ratios = [text for row in table.rows if (text := _ratio(row))]
     if ratios:  # medians of two states were taken minutes apart; these were taken in turns
         lines += ["", *_wrapped(f"latency, timed in pairs: {'; '.join(ratios)}", "  ")]
+    if reused := _reused(record):
+        lines += ["", *_wrapped(reused, "  ")]
     return lines
+
+
+def _reused(record: RunRecord) -> str:
+    """Return which figures an earlier run took and when; empty where all are of this run."""
+    found: dict[str, list[str]] = {}
+    for cell in record.cells:
+        if cell.reused:
+            found.setdefault(measured(cell), []).append(place(cell.state, cell.target))
+    return "; ".join(f"{told}: {', '.join(places)}" for told, places in found.items())
 
 
 def _ratio(row: Row) -> str:

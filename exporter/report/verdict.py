@@ -79,7 +79,7 @@ def judge(record: RunRecord) -> Verdict:
     ending = f"exit code {record.exit_code}: {EXIT_MEANINGS.get(record.exit_code, 'unknown')}"
     if not record.complete and record.exit_code == 0:
         ending = "no exit code yet"
-    counts = (_cell_counts(record.cells), _gate_counts(record.gates))
+    counts = (_cell_counts(record.cells), _gate_counts(record.gates, record.pending))
     return Verdict(level, headline, ending, counts, problems)
 
 
@@ -136,8 +136,9 @@ def _cell_counts(cells: list[CellRecord]) -> str:
     return f"{plural(len(cells), 'cell')}: " + ", ".join(f"{amount} {status}" for status, amount in parts if amount)
 
 
-def _gate_counts(gates: list[GateRecord]) -> str:
-    if not gates:
+def _gate_counts(gates: list[GateRecord], pending: int) -> str:
+    if not gates and not pending:
         return "no gates"
     parts = [(status, sum(gate.status == status for gate in gates)) for status in ("passed", "missed", "not measured")]
-    return f"{plural(len(gates), 'gate')}: " + ", ".join(f"{amount} {status}" for status, amount in parts if amount)
+    told = ", ".join(f"{amount} {status}" for status, amount in (*parts, ("pending", pending)) if amount)
+    return f"{plural(len(gates) + pending, 'gate')}: {told}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from calibration.calling import Form
 from exporter.progress import Progress
+
+if TYPE_CHECKING:  # seconds to import
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ STAGES = {
     "tune": ["states/2-tuned"],
     "export": ["lowered/onnx-*"],
     "compile": ["lowered/onnxruntime-*", "engines/*/*"],
-    "measure": [],
+    "measure": ["cells/*"],
 }
 """Stage -> what it makes; removed before each kill, so that the run is at work on it when it dies."""
 
@@ -93,7 +93,7 @@ def digests(out: Path) -> dict[str, str]:
         for path in out.glob(f"{name}/{MANIFEST}")
         if not path.parent.name.startswith(".")  # killed between the manifest and the rename: not an artifact yet
     ]
-    return {str(folder.relative_to(out)): open_artifact(folder, verify=True).digest for folder in found}
+    return {str(folder.relative_to(out)): open_artifact(folder).digest for folder in found}
 
 
 def remove(out: Path, patterns: list[str]) -> None:
@@ -138,9 +138,9 @@ def test_twenty_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, 
         remove(out, patterns)
         child = runs.start()
         begun = time.monotonic()
-        while patterns and not at_work(out, patterns) and time.monotonic() - begun < 20:
+        while stage != "measure" and not at_work(out, patterns) and time.monotonic() - begun < 20:
             time.sleep(0.002)
-        time.sleep(chance.random() ** 2 * whole / (10 if patterns else 3))
+        time.sleep(chance.random() ** 2 * whole / (3 if stage == "measure" else 10))
         with contextlib.suppress(ProcessLookupError):  # it was done already: that does not count
             os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(runs.status())
@@ -149,4 +149,5 @@ def test_twenty_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, 
     assert runs.status() == 0
     assert digests(out) == expected
     assert read_record(out).complete
+    assert all((out / image.path).is_file() for cell in read_record(out).cells for image in cell.images)
     assert not list(out.glob("**/.partial-*"))

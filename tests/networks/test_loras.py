@@ -122,7 +122,7 @@ def _answers(pipeline: Any) -> tuple[Tensor, Tensor]:
 def test_a_fused_lora_answers_as_one_beside_the_layers(style: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     source = tiny_pipeline_folder
     choice = _choice((_write(tmp_path / "a.safetensors", source, style), 0.8))
-    dense, _ = make_dense(source, check_source(source, choice), tmp_path / "0-dense", verify=True)
+    dense, _ = make_dense(source, check_source(source, choice), tmp_path / "0-dense")
     fused, plain = _answers(load_pipeline(dense.path)), _answers(load_pipeline(source))
     beside = _answers(_with_loras_beside(source, {0: 0.8 * STYLES[style][1]}))
     for mine, theirs, before in zip(fused, beside, plain, strict=True):
@@ -138,7 +138,7 @@ def test_several_loras_add_up_and_the_state_says_which(tiny_pipeline_folder: Pat
     assert facts.notes == (
         "fused before anything else: LoRA a.safetensors with weight 0.5, LoRA b.safetensors with weight -1",
     )
-    dense, _ = make_dense(source, facts, tmp_path / "0-dense", verify=True)
+    dense, _ = make_dense(source, facts, tmp_path / "0-dense")
     beside = _answers(_with_loras_beside(source, {0: 0.5, 1: -1.0}))
     assert all(
         torch.allclose(*pair, atol=2e-5) for pair in zip(_answers(load_pipeline(dense.path)), beside, strict=True)
@@ -151,7 +151,7 @@ def test_several_loras_add_up_and_the_state_says_which(tiny_pipeline_folder: Pat
 def test_half_precision_is_added_in_float32_and_stored_as_it_was(half: Path, tmp_path: Path) -> None:
     choice = _choice((_write(tmp_path / "a.safetensors", half), 1.0))
     before = load_network(half / "unet", cls="UNet2DConditionModel").get_submodule(LINEAR).weight
-    dense, _ = make_dense(half, check_source(half, choice), tmp_path / "0-dense", verify=True)
+    dense, _ = make_dense(half, check_source(half, choice), tmp_path / "0-dense")
     assert check_source(dense.path).precisions["unet"] == "F16"
     after = load_network(dense.path / "unet", cls="UNet2DConditionModel").get_submodule(LINEAR).weight
     down, up = _factors(half)["unet", LINEAR]
@@ -163,7 +163,7 @@ def test_alpha_comes_from_the_header_where_diffusers_wrote_it_there(tiny_pipelin
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(options)}
     source = tiny_pipeline_folder
     choice = _choice((_write(tmp_path / "a.safetensors", source, metadata=metadata), 1.0))
-    dense, _ = make_dense(source, check_source(source, choice), tmp_path / "0-dense", verify=True)
+    dense, _ = make_dense(source, check_source(source, choice), tmp_path / "0-dense")
     for module, scale in ((LINEAR, 2 / RANK), (OUT, 8 / RANK)):
         before = load_network(source / "unet", cls="UNet2DConditionModel").get_submodule(module).weight
         after = load_network(dense.path / "unet", cls="UNet2DConditionModel").get_submodule(module).weight
@@ -176,7 +176,7 @@ def test_a_second_fuse_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) ->
     path = _write(tmp_path / "a.safetensors", source)
     with pytest.raises(SourceError, match=r"source\.loras\[1\]: the same LoRA as source\.loras\[0\]"):
         check_source(source, _choice((path, 1.0), (path, 0.5)))
-    dense, _ = make_dense(source, check_source(source, _choice((path, 1.0))), tmp_path / "0-dense", verify=True)
+    dense, _ = make_dense(source, check_source(source, _choice((path, 1.0))), tmp_path / "0-dense")
     assert check_source(dense.path).pipeline_class == "StableDiffusionPipeline"
     other = _write(tmp_path / "b.safetensors", source, seed=1)
     with pytest.raises(SourceError, match=r"hold LoRAs already; got a\.safetensors\. A second fuse is refused"):
@@ -227,7 +227,7 @@ def test_a_lora_must_be_safetensors_and_stay_finite(half: Path, tmp_path: Path) 
     save_file(state | {f"unet.{LINEAR}.lora_B.weight": torch.full((16, 4), 300.0)}, tmp_path / "b.safetensors")
     choice = _choice((tmp_path / "b.safetensors", 1.0))
     with pytest.raises(SourceError, match=r"not finite in torch\.float16 after the LoRAs were added"):
-        make_dense(half, check_source(half, choice), tmp_path / "0-dense", verify=True)
+        make_dense(half, check_source(half, choice), tmp_path / "0-dense")
     assert not (tmp_path / "0-dense").exists()
 
 

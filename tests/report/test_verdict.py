@@ -55,3 +55,8 @@ def test_reason_shared_by_cells_is_told_once() -> None:
 
 def test_every_exit_code_of_the_error_tree_has_a_meaning() -> None:
     assert set(EXIT_ORDER) <= set(EXIT_MEANINGS)
+
+
+def test_gates_of_an_unfinished_run_that_wait_are_counted_as_pending() -> None:
+    assert judge(run("passed", complete=False, pending=3)).counts[1] == "4 gates: 1 passed, 3 pending"
+    assert judge(run(complete=False, pending=2)).counts[1] == "2 gates: 2 pending"

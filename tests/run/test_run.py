@@ -315,12 +315,12 @@ def test_inspect_finds_one_flipped_byte_in_any_artifact(finished: Path, tmp_path
 def test_a_damaged_state_is_made_again(finished: Path, tiny_recipe: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    digest = open_artifact(out / "states" / "1-pruned", verify=True).digest
+    digest = open_artifact(out / "states" / "1-pruned").digest
     time.sleep(0.01)
     (out / "states" / "1-pruned" / "unet" / "config.json").write_text("{}")
     record = go(tiny_recipe(), out, until="export")
     assert [state.reused for state in record.states] == [True, False]
-    assert open_artifact(out / "states" / "1-pruned", verify=True).digest == digest
+    assert open_artifact(out / "states" / "1-pruned").digest == digest
 
 
 def test_equal_recipes_make_equal_digests(finished: Path, tiny_recipe: Any, tmp_path: Path) -> None:
