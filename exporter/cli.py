@@ -244,7 +244,9 @@ def write_random(  # noqa: PLR0913 - a command line's flags
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     family: Annotated[
         str,
-        typer.Option("--family", help="sd15, sd21, sdxl, lcm, sd3-medium, flux, pixart or dit.", show_default=False),
+        typer.Option(
+            "--family", help="sd15, sd21, sdxl, lcm, sd3-medium, flux, pixart, dit or ddpm.", show_default=False
+        ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights: the same one gives the same files.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand weights instead of the real size.")] = False,

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import SourceError
 from exporter.networks.components import family, present_components
 from exporter.networks.loras import FUSED, fuse, fused_entry, plan_fuse
 from exporter.networks.safety import INDEX_ENTRIES
-from exporter.networks.single_file import convert_single_file
+from exporter.networks.single_file import convert_single_file, held_by
 from exporter.networks.source import MODEL_INDEX, SourceFacts, shapes_of
-from exporter.networks.weights import plain_name
+from exporter.networks.weights import plain_name, read_object
 
 
 def fill_dense(source: Path, facts: SourceFacts, folder: Path) -> None:
@@ -43,9 +44,15 @@ def fill_dense(source: Path, facts: SourceFacts, folder: Path) -> None:
         if "/" in name:
             _copy(source / name, folder / plain_name(name, facts.variant), facts.variant)
     if facts.single_file is not None:
-        precision = next(iter(facts.precisions.values()))
-        convert_single_file(Path(facts.single_file), source, precision, facts.pipeline_class, folder)
+        _convert(Path(facts.single_file), source, facts.pipeline_class, folder)
     _fuse(facts, index, folder)
+
+
+def _convert(file: Path, source: Path, pipeline_class: str, folder: Path) -> None:
+    held = held_by(file, pipeline_class)
+    for part in present_components(pipeline_class, read_object(source / MODEL_INDEX, SourceError)):
+        if part.folder in held:
+            convert_single_file(file, source, part, held[part.folder], folder)
 
 
 def _copy(file: Path, copy: Path, variant: str | None) -> None:

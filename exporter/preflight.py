@@ -17,7 +17,7 @@ from exporter.errors import ExporterError, Findings, RecipeError, SourceError, T
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.networks.components import check_requested, components, denoiser
+from exporter.networks.components import check_requested, components
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
@@ -25,8 +25,8 @@ from exporter.prompts import prompt_set
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
-from exporter.sampling import check_prompts, check_sampling
-from exporter.states import config_of, image_size, vae_scale
+from exporter.sampling import check_open_sizes, check_prompts, check_sampling
+from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options
 from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
@@ -34,7 +34,6 @@ from targets.base import TargetError, TargetMissing
 
 if TYPE_CHECKING:
     from exporter.forecast import Forecast
-
 _UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
 
 
@@ -113,10 +112,10 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
     states: tuple[str, ...] | None = None,
-    found: Findings | None = None,
-    ignore_memory: bool = False,
     memo: FileMemo | None = None,
     resume: bool = False,
+    found: Findings | None = None,
+    ignore_memory: bool = False,
 ) -> Plan:
     """Check a recipe against its source, the methods' options, the targets and this machine; change nothing.
 
@@ -126,10 +125,10 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
         until: see `exporter run --until`.
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
-        found: what is known to be wrong already; independent problems are raised together.
-        ignore_memory: accept a run that is not expected to fit into memory; the plan notes it.
         memo: what is known of the source's files; by default what runs in `out` found out.
         resume: forecast nothing where the same run came to its end in `out`.
+        found: what is known to be wrong already; independent problems are raised together.
+        ignore_memory: accept a run that is not expected to fit into memory; the plan notes it.
 
     Raises:
         RecipeError: anything in the recipe or the arguments that cannot be carried out.
@@ -148,15 +147,26 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     prompts: tuple[str, ...] = ()
     with found.gather():
         prompts = _prompts(recipe)
+    memo = memo or FileMemo.load(out)
     with found.gather():
         source = open_source(_source_of(recipe), variant=recipe.source.variant)
-        memo = memo or FileMemo.load(out)
         facts = check_source(source, _choice_of(recipe, memo), memo)
         _check_fit(recipe, facts, source, prompts, found)
     found.raise_all()
     key = digest_of([__version__, recipe.model_dump(mode="json"), facts.digest, last, made, measured, targets])
     plan = Plan(made, measured, columns, problems, last, source, facts, None, key, facts.notes)
     return plan if resume and is_finished(out, key) else _forecast(plan, recipe, out, ignore_memory=ignore_memory)
+
+
+def _forecast(plan: Plan, recipe: Recipe, out: Path, *, ignore_memory: bool) -> Plan:
+    """Return the plan with what it will take; a run that would not fit is refused."""
+    from exporter.forecast import forecast  # seconds to import and to compute
+
+    latent = image_size(recipe.sampling.size, plan.source) // vae_scale(plan.source)
+    expected = forecast(recipe, plan.facts, plan.source, latent=latent, measured=plan.measured, columns=plan.columns)
+    check_disk(out, expected)
+    notes = check_memory(expected, recipe, plan.facts, ignore=ignore_memory)
+    return replace(plan, expected=expected, notes=(*plan.notes, *notes))
 
 
 def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:
@@ -197,20 +207,10 @@ def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[
         _check_stages(recipe, facts)
     with found.gather():
         check_sampling(recipe.sampling, source)
-        _check_shapes(recipe, facts, source)
+        if recipe.shapes is not None:
+            check_open_sizes(recipe.shapes.size, recipe.sampling, source)
     with found.gather():
         check_prompts(prompts, source)
-
-
-def _forecast(plan: Plan, recipe: Recipe, out: Path, *, ignore_memory: bool) -> Plan:
-    """Return the plan with what it will take; a run that would not fit is refused."""
-    from exporter.forecast import forecast  # seconds to import and to compute
-
-    latent = image_size(recipe.sampling.size, plan.source) // vae_scale(plan.source)
-    expected = forecast(recipe, plan.facts, plan.source, latent=latent, measured=plan.measured, columns=plan.columns)
-    check_disk(out, expected)
-    notes = check_memory(expected, recipe, plan.facts, ignore=ignore_memory)
-    return replace(plan, expected=expected, notes=(*plan.notes, *notes))
 
 
 def _extent(recipe: Recipe, until: str | None) -> tuple[tuple[str, ...], str]:
@@ -345,25 +345,3 @@ def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
             place = f"stages[{index}].{stage.kind}.component"
             msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
             raise RecipeError(msg)
-
-
-def _check_shapes(recipe: Recipe, facts: SourceFacts, source: Path) -> None:
-    """Refuse sizes that the network cannot halve as often as it does, and a range without the run's own size."""
-    if recipe.shapes is None:
-        return
-    levels = len(config_of(source / denoiser(facts.pipeline_class).folder).get("block_out_channels", ())) or 1
-    factor = vae_scale(source) * 2 ** (levels - 1)
-    for size in recipe.shapes.size:
-        if size % factor:
-            msg = (
-                f"shapes.size: got {size}, expected multiples of {factor}, which VAE and denoiser scale by. "
-                f"Write {max(factor, size // factor * factor)}."
-            )
-            raise RecipeError(msg)
-    own = image_size(recipe.sampling.size, source)
-    if recipe.shapes.size and not recipe.shapes.size[0] <= own <= recipe.shapes.size[-1]:
-        msg = (
-            f"shapes.size: got {list(recipe.shapes.size)}, expected a range that holds the source's own size, {own}. "
-            "Widen it, or set sampling.size."
-        )
-        raise RecipeError(msg)

@@ -1,4 +1,4 @@
-"""Is there room for a run: on the disk, in memory."""
+"""Whether a run fits this machine's disk and memory, and what to change where it does not."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ IGNORE_MEMORY = "--ignore-memory"
 
 
 def check_disk(out: Path, expected: Forecast) -> None:
-    """Refuse a run whose files would not fit into the folder's file system, with what to change.
-
-    Raises:
-        RecipeError: they would not.
-    """
+    """Refuse a run whose files would not fit, with what to change."""
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free >> 20
     written = size_bytes(out) >> 20 if out.is_dir() else 0
@@ -38,20 +34,7 @@ def check_disk(out: Path, expected: Forecast) -> None:
 
 
 def check_memory(expected: Forecast, recipe: Recipe, facts: SourceFacts, *, ignore: bool) -> tuple[str, ...]:
-    """Refuse a run that would not fit into memory, with what to change.
-
-    Args:
-        expected: what it will take.
-        recipe: what it is.
-        facts: of its source.
-        ignore: let it go on; the note says so.
-
-    Returns:
-        Notes for the report.
-
-    Raises:
-        RecipeError: it would not fit.
-    """
+    """Refuse a run that would not fit into memory, with what to change; return a note where it goes on all the same."""
     available = psutil.virtual_memory().available >> 20
     if expected.needed_mib <= available:
         return ()

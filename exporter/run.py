@@ -107,8 +107,6 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic())
         run.found = (out / "states").is_dir()
-        if plan.expected is not None:
-            note_started(out)
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
             _carry_out(run)
@@ -125,6 +123,8 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
 
 
 def _carry_out(run: _Run) -> None:
+    if run.plan.expected is not None:
+        note_started(run.out)
     dense, reused, took = _timed(lambda: _dense(run))
     _note_state(run, dense, reused, took)
     recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)

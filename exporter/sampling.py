@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from exporter.errors import RecipeError, SourceError
 from exporter.networks.components import denoiser
 from exporter.networks.weights import read_object
 from exporter.recipe import Sampling
-from exporter.states import config_of, family_of, image_size, own_size, pipeline_class_of, size_step
+from exporter.states import config_of, family_of, image_size, own_size, pipeline_class_of, size_step, vae_scale
 from exporter.validation import one_of
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,12 +79,59 @@ def check_sampling(sampling: Sampling, source: Path) -> None:
             f"sampling.size: got {size}, expected a multiple of {step}, as VAE and denoiser divide it. "
             f"Write {max(step, size // step * step)}."
         )
-    largest = step * int(config_of(source / denoiser(name).folder).get("pos_embed_max_size") or 0)
+    largest = _largest(source)
     if largest and size > largest:
         raise RecipeError(
             f"sampling.size: {name} knows positions up to {largest} pixels; got {size}, expected at most {largest}. "
             f"Write {largest}."
         )
+
+
+def check_open_sizes(sizes: Sequence[int], sampling: Sampling, source: Path) -> None:
+    """Check that engines of the source's family can be open for these image sides.
+
+    Args:
+        sizes: of the recipe's shapes, rising; none leaves the size fixed.
+        sampling: of the recipe.
+        source: folder of the pipeline.
+
+    Raises:
+        RecipeError: the family draws one size only, or the denoiser cannot take one of them.
+        SourceError: the source does not say for which size it was made.
+    """
+    if not sizes:
+        return
+    name, own = pipeline_class_of(source), image_size(sampling.size, source)
+    if not family_of(source).sized and tuple(sizes) != (own,):
+        raise RecipeError(
+            f"shapes.size: {name} draws images of its own size only; got {list(sizes)}, expected none. Leave "
+            "shapes.size out; shapes.batch works."
+        )
+    config = config_of(source / denoiser(name).folder)
+    levels = len(config.get("block_out_channels", ())) or 1
+    factor = lcm(size_step(source), vae_scale(source) * 2 ** (levels - 1))
+    for size in sizes:
+        if size % factor:
+            raise RecipeError(
+                f"shapes.size: got {size}, expected multiples of {factor}, which VAE and denoiser scale by. "
+                f"Write {max(factor, size // factor * factor)}."
+            )
+    largest = _largest(source)
+    if largest and sizes[-1] > largest:
+        raise RecipeError(
+            f"shapes.size: {name} knows positions up to {largest} pixels; got {sizes[-1]}, expected at most {largest}."
+        )
+    if not sizes[0] <= own <= sizes[-1]:
+        raise RecipeError(
+            f"shapes.size: got {list(sizes)}, expected a range that holds the source's own size, {own}. "
+            "Widen it, or set sampling.size."
+        )
+
+
+def _largest(source: Path) -> int:
+    """Return the largest image side that the denoiser has positions for; 0 where any will do."""
+    config = config_of(source / denoiser(pipeline_class_of(source)).folder)
+    return size_step(source) * int(config.get("pos_embed_max_size") or 0)
 
 
 def check_prompts(prompts: Sequence[str], source: Path) -> None:

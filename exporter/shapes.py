@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -46,7 +47,7 @@ def points_of(shapes: Shapes, size: int) -> tuple[Point, ...]:
 def feeds_at(
     feeds: Feeds, inputs: tuple[TensorSpec, ...], point: Point, sampling: Mapping[str, Any]
 ) -> dict[str, Array]:
-    """Return recorded inputs grown or cut to a point: rows repeat, and so do the latent's rows and columns.
+    """Return recorded inputs grown or cut to a point: rows repeat, and so do the latent's rows and columns, or places.
 
     Args:
         feeds: of one call at the recipe's own batch and size.
@@ -59,10 +60,17 @@ def feeds_at(
         array = np.asarray(feeds[spec.name], dtype=spec.dtype)
         for axis, length in enumerate(spec.shape):
             if length == _OPEN:
-                now, wanted = (sampling["batch"], point.batch) if axis == 0 else (sampling["size"], point.size)
-                array = array.take(range(array.shape[axis] * wanted // now), axis, mode="wrap")
+                factor = _factor(spec, axis, point, sampling)
+                array = array.take(range(int(array.shape[axis] * factor)), axis, mode="wrap")
         found[spec.name] = np.ascontiguousarray(array) if array.ndim else array
     return found
+
+
+def _factor(spec: TensorSpec, axis: int, point: Point, sampling: Mapping[str, Any]) -> Fraction:
+    """Return how much longer an open axis is: with images, with their side, or, where places are packed, its square."""
+    if spec.name == "img_ids" or axis == 1:
+        return Fraction(point.size, sampling["size"]) ** 2
+    return Fraction(point.batch, sampling["batch"]) if axis == 0 else Fraction(point.size, sampling["size"])
 
 
 def measure_points(

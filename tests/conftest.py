@@ -28,7 +28,6 @@ _OFFLINE = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-_homes: dict[pytest.Config, tempfile.TemporaryDirectory[str]] = {}
 
 settings.register_profile(
     "repeatable",
@@ -41,20 +40,26 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Point every cache into a fresh folder; libraries read these once, when they are imported."""
-    home = _homes[config] = tempfile.TemporaryDirectory(prefix="exporter-tests-", ignore_cleanup_errors=True)
+def _isolated() -> tempfile.TemporaryDirectory[str]:
+    """Point every cache into a fresh folder, and return it."""
+    home = tempfile.TemporaryDirectory(prefix="exporter-tests-", ignore_cleanup_errors=True)
     os.environ.update(_OFFLINE)
     os.environ.update(HOME=home.name, XDG_CACHE_HOME=f"{home.name}/cache", XDG_CONFIG_HOME=f"{home.name}/config")
     for name in ("HF_HOME", "HF_TOKEN", "HF_HUB_CACHE", "TORCH_HOME", "MPLCONFIGDIR", "XDG_DATA_HOME", "NO_COLOR"):
         os.environ.pop(name, None)
+    return home
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
+# Libraries read these once, when they are imported, and pytest imports the conftest of a folder that its command line
+# names, with all that it imports, before any hook of this one: only here is early enough.
+_home = _isolated()
+
+
+def pytest_unconfigure() -> None:
     """Remove that folder and give the process its own environment back."""
     os.environ.clear()
     os.environ.update(_MACHINE)
-    _homes.pop(config).cleanup()
+    _home.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,7 @@ class DenoiserForward(nn.Module):
         super().__init__()
         self.net = net
         self._names = _inputs(net)
+        self._open = signature(net).dynamic
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Predict noise or velocity.
@@ -62,6 +63,10 @@ class DenoiserForward(nn.Module):
         Returns:
             (rows, ...) float32.
         """
+        rows, check = inputs[0].shape[0], cast("Any", torch)._check
+        for name, given in zip(self._names, inputs, strict=True):
+            if self._open.get(name, {}).get(0) == "batch":
+                check(given.shape[0] == rows)  # one batch: an exporter would take each input's for one of its own
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])
 
@@ -181,6 +186,8 @@ def signature(module: nn.Module) -> Signature:
         rows |= {inputs[0]: packed, "out_sample": packed, "img_ids": {0: "places"}}
         del rows["txt_ids"]
         return Signature(inputs, ("out_sample",), rows)
+    if type(module).__name__ == "DiTTransformer2DModel":  # it has positions for one size only
+        return Signature(inputs, ("out_sample",), {**rows, "out_sample": {0: "batch"}})
     return Signature(inputs, ("out_sample",), {**rows, inputs[0]: _image_axes(""), "out_sample": _image_axes("")})
 
 

@@ -1,6 +1,7 @@
 """LoRAs, read from safetensors and added to the weights they were trained for, before anything else happens to those.
 
-Names as diffusers, peft and kohya's scripts write them are understood; whatever is left over is refused by name.
+Names as diffusers, peft, kohya's scripts and the models' authors write them are understood; whatever is left over is
+refused by name.
 
 Source: LoRA (arXiv 2106.09685), section 4.1: ``W + alpha / rank * B A``.
 """
@@ -15,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.errors import SourceError
 from exporter.memo import FileMemo
 from exporter.networks.original_names import original_names
+from exporter.networks.original_transformers import Piece, original_pieces
 from exporter.networks.weights import is_finite, opened, present_names, read_headers, weight_files
 
 FUSED = "_fused_loras"
@@ -34,7 +37,21 @@ _PAIR = re.compile(
     r"|\.lora_(?P<kohya>down|up))\.weight"
 )
 _ALPHA = re.compile(r"(?P<module>.+?)(?:(?:\.lora|\.lora_linear_layer)?\.(?:down|up)\.weight)?\.alpha")
-_KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_KOHYA = {
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # T5, which is Flux's second
+}
+_KINDS = {
+    "DoRA": ("lora_magnitude_vector", "dora_scale"),
+    "LoHa": ("hada_",),
+    "LoKr": ("lokr_",),
+    "OFT": ("oft_", "boft_"),
+    "IA3": ("ia3_l",),
+    "LoCon with a core (Tucker)": ("lora_mid",),
+}
+"""Adapters that are no plain LoRA, and what their tensors are called."""
 _SHOWN = 4
 
 
@@ -64,11 +81,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Update:
-    """One pair and the tensor it belongs to."""
+    """One pair, and which rows of it are added to which rows of the tensor it belongs to."""
 
     file: Path
     pair: Pair
     scale: float
+    rows: Piece
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a module of a LoRA is in the model: in one folder, one tensor or rows of several."""
+
+    folder: str
+    pieces: tuple[Piece, ...]
 
 
 @dataclass
@@ -147,16 +173,28 @@ def _plan_one(lora: Lora, place: str, shapes: Shapes, plan: dict[str, dict[str, 
         metadata = _adapter_metadata(handle.metadata() or {}, place)
     read = _pairs_of(facts, scalars)
     if read.left:
-        _refuse(place, path, read.left, "are no LoRA pairs (DoRA, LoHa, LoKr and the like are not supported)")
+        _refuse(place, path, read.left, _what_else(read.left))
     targets = _targets(shapes)
     strange = [module for module in read.pairs if _lookup(module, targets) is None]
     if strange or not read.pairs:
         _refuse(place, path, strange or sorted(facts), "name modules that the model does not have")
     for module, pair in read.pairs.items():
-        folder, name = _lookup(module, targets) or ("", "")
-        rank = _checked_rank(pair, facts, shapes[folder][name], f"{place}: {path.name}")
-        alpha = pair.alpha if pair.alpha is not None else _alpha_in(metadata, module, rank)
-        plan.setdefault(folder, {}).setdefault(name, []).append(Update(path, pair, lora.weight * alpha / rank))
+        target = _lookup(module, targets) or _Target("", ())
+        weights = [shapes[target.folder][f"{piece.module}.weight"] for piece in target.pieces]
+        total = sum(piece.rows for piece in target.pieces)
+        rank = _checked_rank(pair, facts, (total, *weights[0][1:]), f"{place}: {path.name}")
+        scale = lora.weight * (pair.alpha if pair.alpha is not None else _alpha_in(metadata, module, rank)) / rank
+        for piece in target.pieces:
+            updates = plan.setdefault(target.folder, {}).setdefault(f"{piece.module}.weight", [])
+            updates.append(Update(path, pair, scale, piece))
+
+
+def _what_else(keys: list[str]) -> str:
+    """Return what tensors are that belong to no pair."""
+    kinds = [kind for kind, words in _KINDS.items() if any(word in key for key in keys for word in words)]
+    if kinds:
+        return f"make it a {' and '.join(kinds)}, and only plain LoRAs are supported"
+    return "are no LoRA pairs (DoRA, LoHa, LoKr and the like are not supported)"
 
 
 def _refuse(place: str, path: Path, keys: list[str], what: str) -> None:
@@ -182,32 +220,43 @@ def _pairs_of(facts: Mapping[str, tuple[int, ...]], scalars: Mapping[str, float]
     return read
 
 
-def _targets(shapes: Shapes) -> dict[str, tuple[str, str]]:
+def _targets(shapes: Shapes) -> dict[str, _Target]:
     """Return every name that a module with a weight may go by: dotted, as in kohya's scripts, and without a prefix."""
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, _Target] = {}
     denoiser = next((folder for folder in ("unet", "transformer") if folder in shapes), "")
     for folder, names in shapes.items():
-        modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-        original = original_names(modules) if folder == "unet" else {}
-        kohya = [prefix for prefix, owner in _KOHYA.items() if owner == folder]
-        kohya += ["lora_unet_", "lora_transformer_"] if folder == denoiser else []
-        for name, shape in names.items():
-            if not name.endswith(".weight") or len(shape) < 2:
-                continue
-            module = name.removesuffix(".weight")
-            paths = [module]
-            if folder.startswith("text_encoder"):  # transformers 5 leaves the prefix out, the files of before have it
-                paths += [f"text_model.{module}", module.removeprefix("text_model.")]
-            paths += [original[module]] if module in original else []
-            for path in paths:
-                found[f"{folder}.{path}"] = (folder, name)
-                found |= {f"{prefix}{path.replace('.', '_')}": (folder, name) for prefix in kohya}
-                if folder == denoiser:
-                    found[path] = (folder, name)
+        kohya = [prefix for prefix, owners in _KOHYA.items() if folder == next((o for o in owners if o in shapes), "")]
+        dotted = [f"{folder}."]
+        if folder == denoiser:
+            kohya += ["lora_unet_", "lora_transformer_"]
+            dotted += ["", "diffusion_model.", "model.diffusion_model."]
+        for path, pieces in _paths(folder, names).items():
+            target = _Target(folder, pieces)
+            found |= {f"{prefix}{path}": target for prefix in dotted}
+            found |= {f"{prefix}{path.replace('.', '_')}": target for prefix in kohya}
     return found
 
 
-def _lookup(module: str, targets: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+def _paths(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """Return the modules of one network that can be updated, by each of their names in it."""
+    rows = {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
+    wide = {module for module in rows if len(shapes[f"{module}.weight"]) > 1}
+    found = {
+        original: pieces
+        for original, pieces in original_pieces(rows).items()
+        if all(piece.module in wide for piece in pieces)
+    }
+    numbered = original_names(rows) if folder == "unet" else {}
+    for module in wide:
+        paths = [module]
+        if folder.startswith("text_encoder"):  # transformers 5 leaves the prefix out, the files of before have it
+            paths += [f"text_model.{module}", module.removeprefix("text_model.")]
+        paths += [numbered[module]] if module in numbered else []
+        found |= dict.fromkeys(paths, (Piece(module, 0, rows[module]),))
+    return found
+
+
+def _lookup(module: str, targets: Mapping[str, _Target]) -> _Target | None:
     plain = module.replace(".processor.", ".").replace(".base_model.model.", ".")
     return targets.get(plain) or targets.get(f"{plain}.0")  # `to_out` was once written without its index
 
@@ -275,12 +324,14 @@ def fuse(folder: Path, cls: str, updates: Mapping[str, list[Update]]) -> None:
 
 
 def _updated(weight: Tensor, parts: list[Update], place: str) -> Tensor:
-    total = weight.float()
+    total = weight.to(torch.float32, copy=True)
     for part in parts:
         with opened(part.file, SourceError) as handle:
             down = handle.get_tensor(part.pair.down).float().flatten(1)
             up = handle.get_tensor(part.pair.up).float().flatten(1)
-        total = total + part.scale * (up @ down).reshape(weight.shape)
+        rows = part.rows
+        update = (up[rows.start : rows.start + rows.rows] @ down).reshape(rows.rows, *weight.shape[1:])
+        total[rows.at : rows.at + rows.rows] += part.scale * update
     fused = total.to(weight.dtype)
     if not is_finite(fused):
         raise SourceError(

@@ -25,12 +25,16 @@ from exporter.networks.components import (
 )
 from exporter.networks.loras import Lora, plan_fuse
 from exporter.networks.safety import SAFETY_PARTS, has_safety_checker, safety_files
-from exporter.networks.single_file import Stored, check_single_file
+from exporter.networks.single_file import Held, absent_from, check_single_file
 from exporter.networks.weights import (
+    PRECISIONS,
+    WEIGHT_STEMS,
     check_finite_files,
     precision_of,
+    present_names,
     read_headers,
     read_object,
+    variants_of,
     weight_files,
 )
 
@@ -59,7 +63,7 @@ class Choice:
         variant: of the weight files, such as ``fp16``.
         safety_checker: whether it is carried along.
         loras: added to the weights, in this order.
-        single_file: holds all weights; the source's folder holds configs, tokenizers and scheduler.
+        single_file: holds weights; the source's folder holds configs, tokenizers, scheduler, and what is not in it.
     """
 
     variant: str | None = None
@@ -83,7 +87,7 @@ class SourceFacts:
         variant: of the weight files.
         safety_checker: ``kept``, ``dropped`` or ``none`` (the source has none).
         loras: added to the weights.
-        single_file: path of the file that holds all weights.
+        single_file: path of the file that holds weights.
     """
 
     pipeline_class: str
@@ -234,14 +238,15 @@ def check_source(folder: Path, choice: Choice | None = None, memo: FileMemo | No
     parameters: dict[str, int] = {}
     precisions: dict[str, str] = {}
     networks = present_components(str(name), index)
-    stored = check_single_file(chosen.single_file, str(name), memo) if chosen.single_file is not None else None
+    held = check_single_file(chosen.single_file, str(name), memo) if chosen.single_file is not None else {}
     for component in networks:
         _check_config(folder, component, index)
-        read = (
-            _from_config(folder, component, stored)
-            if stored
-            else _from_weights(folder, component, chosen.variant, memo)
-        )
+        if component.folder in held:
+            read = _from_config(folder, component, held[component.folder])
+        elif chosen.single_file is not None and not variants_of(folder / component.folder, WEIGHT_STEMS[component.cls]):
+            raise SourceError(absent_from(chosen.single_file, str(name), component))
+        else:
+            read = _from_weights(folder, component, chosen.variant, memo)
         files += [folder / component.folder / "config.json", *read.files]
         sizes[component.name] = read.size
         parameters[component.name] = read.parameters
@@ -298,13 +303,13 @@ def _from_weights(folder: Path, component: Component, variant: str | None, memo:
     return _Weights([*weights, *indexes], size, sum(prod(fact.shape) for fact in headers.values()), precision)
 
 
-def _from_config(folder: Path, component: Component, stored: Stored) -> _Weights:
+def _from_config(folder: Path, component: Component, held: Held) -> _Weights:
     """Return what a network will be that a single checkpoint file holds."""
     from exporter.networks.storage import build_network
 
     network = build_network(folder / component.folder, cls=component.cls)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return _Weights([], parameters * stored.width, parameters, stored.precision)
+    parameters = sum(tensor.numel() for tensor in present_names(component.cls, network.state_dict()).values())
+    return _Weights([], parameters * PRECISIONS[held.precision].itemsize, parameters, held.precision)
 
 
 def _digest(folder: Path, files: list[Path], chosen: Choice, memo: FileMemo) -> str:

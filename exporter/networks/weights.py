@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,8 @@ _INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BO
 MAX_JSON_BYTES = 4 * 1024 * 1024
 _MAX_DEPTH = 64
 _CHUNK = 16_777_216
+
+_Fact = TypeVar("_Fact")
 
 _SECOND_NAME = ("T5EncoderModel", "encoder.embed_tokens.weight")
 """What T5 has under two names; folders have it under one of them or both."""
@@ -286,13 +288,13 @@ def read_spans(path: Path, error: type[ExporterError] = ArtifactError) -> dict[s
     }
 
 
-def present_names(cls: str, headers: Mapping[str, TensorFact]) -> dict[str, TensorFact]:
+def present_names(cls: str, headers: Mapping[str, _Fact]) -> dict[str, _Fact]:
     """Return the tensors under the names that today's classes use, where a folder was written by older libraries.
 
     transformers 4 put ``text_model.`` before the names of a text encoder and saved its constant ``position_ids``; early
     diffusers named the projections of the autoencoder's attention differently.
     """
-    found: dict[str, TensorFact] = {}
+    found: dict[str, _Fact] = {}
     for name, fact in headers.items():
         new = name
         if cls == "CLIPTextModel":

@@ -11,7 +11,7 @@ from typing import Any
 from exporter.errors import RecipeError
 from exporter.validation import hint, one_of
 
-FAMILIES = ("sd15", "sd21", "sdxl", "lcm", "sd3-medium", "flux", "pixart", "dit")
+FAMILIES = ("sd15", "sd21", "sdxl", "lcm", "sd3-medium", "flux", "pixart", "dit", "ddpm")
 
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 """Written only when asked for."""

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ import torch
 import targets
 from exporter.lowering.export import ExportOptions, export_component
 from exporter.lowering.layout import write_layout
+from exporter.lowering.stored import stored_weights
 from exporter.networks.components import components
 from exporter.networks.pipeline import load_pipeline
+from exporter.networks.storage import open_bare
+from exporter.progress import Silent
+from exporter.random_weights.families import family
+from exporter.random_weights.writing import write_random
 
 REQUESTED = os.environ.get("EXPORTER_PEER_TESTS") == "1"
 FOLDER = os.environ.get("EXPORTER_PEER_FOLDER")
@@ -44,7 +49,7 @@ class Peer:
 
     target: str
     module: str
-    cls: str
+    prefix: str
     install: tuple[str, ...]
     uninstall: tuple[str, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -54,13 +59,13 @@ PEERS = {
     "ort": Peer(
         "onnxruntime",
         "optimum.onnxruntime",
-        "ORTStableDiffusionPipeline",
+        "ORT",
         ("optimum-onnx[onnxruntime]==0.1.0", "diffusers", "accelerate"),
     ),
     "ov": Peer(
         "openvino",
         "optimum.intel",
-        "OVStableDiffusionPipeline",
+        "OV",
         ("optimum-intel[diffusers]==2.2.0", "accelerate"),
         ("torchvision",),
         # on processors with bf16, OpenVINO takes that by default
@@ -107,11 +112,34 @@ def exported(
     return folder, request.param
 
 
-def engine_of(exported: Path, state: Path, out: Path, target_type: str) -> Path:
+@pytest.fixture(scope="module")
+def sdxl_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL in fp16 whose U-Net is wide enough that its graph points into the state's file."""
+    wanted = family("sdxl", tiny=True)
+    wide = {"block_out_channels": [64, 128]}
+    parts = tuple(replace(p, config={**p.config, **wide}) if p.folder == "unet" else p for p in wanted.parts)
+    out = tmp_path_factory.mktemp("sdxl") / "state"
+    return write_random(replace(wanted, parts=parts), out, seed=0, progress=Silent()).folder
+
+
+@pytest.fixture(scope="module")
+def sdxl_exported(sdxl_state: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every component of it as ONNX, exported without weights in memory."""
+    folder = tmp_path_factory.mktemp("onnx")
+    options = ExportOptions(latent=8, tokens=77, external_bytes=100_000)
+    for part in components("StableDiffusionXLPipeline"):
+        (folder / part.name).mkdir()
+        module, weights = stored_weights(open_bare(sdxl_state / part.folder, cls=part.cls), "0" * 64)
+        export_component(part.name, module, folder / part.name, options, weights=weights)
+    assert (folder / "unet/diffusion_pytorch_model.safetensors").is_file()
+    return folder
+
+
+def engine_of(exported: Path, state: Path, out: Path, target_type: str, **options: Any) -> Path:
     target = targets.target(target_type)
-    for part in components("StableDiffusionPipeline"):
+    for part in components(json.loads((state / "model_index.json").read_text())["_class_name"]):
         (out / part.name).mkdir(parents=True)
-        target.compile(exported / part.name / "model.onnx", out / part.name, target.options())
+        target.compile(exported / part.name / "model.onnx", out / part.name, target.options(**options))
     write_layout(state, out, engine_file=target.engine_file)
     return out
 
@@ -135,6 +163,38 @@ def calls_for(dynamic: bool, folder: Path) -> list[dict[str, Any]]:
     return calls
 
 
+def assert_peer_draws_what_torch_draws(
+    peer: tuple[Peer, Path], folder: Path, state: Path, calls: list[dict[str, Any]], environment: dict[str, str]
+) -> None:
+    loader, python = peer
+    request = folder.with_name("request.json")
+    asked = {
+        "module": loader.module,
+        "cls": loader.prefix + json.loads((state / "model_index.json").read_text())["_class_name"],
+        "folder": str(folder),
+        "keywords": dict(loader.keywords),
+        "calls": calls,
+    }
+    request.write_text(json.dumps(asked))
+    script = Path(__file__).with_name("peer_loader.py")
+    ended = subprocess.run(
+        [str(python), str(script), str(request)],
+        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "expects a non scalar timestep" not in ended.stderr
+    pipeline = load_pipeline(state)
+    pipeline.set_progress_bar_config(disable=True)
+    for call in calls:
+        latents = torch.from_numpy(np.load(call["latents"]))
+        want = pipeline(call["prompts"], latents=latents, output_type="np", **call["settings"]).images
+        error = float(np.mean((np.load(call["images"]) - want) ** 2))
+        assert -10 * np.log10(max(error, 1e-20)) > 60
+
+
 def test_the_folder_loads_and_makes_the_images_that_torch_makes(
     peer: tuple[Peer, Path],
     exported: tuple[Path, bool],
@@ -142,29 +202,27 @@ def test_the_folder_loads_and_makes_the_images_that_torch_makes(
     tmp_path: Path,
     machine_environment: dict[str, str],
 ) -> None:
-    (loader, python), (onnx, dynamic) = peer, exported
-    folder = engine_of(onnx, tiny_pipeline_folder, tmp_path / "engine", loader.target)
+    onnx, dynamic = exported
+    folder = engine_of(onnx, tiny_pipeline_folder, tmp_path / "engine", peer[0].target)
     calls = calls_for(dynamic, tmp_path)
-    request = tmp_path / "request.json"
-    asked = {
-        "module": loader.module,
-        "cls": loader.cls,
-        "folder": str(folder),
-        "keywords": dict(loader.keywords),
-        "calls": calls,
-    }
-    request.write_text(json.dumps(asked))
-    script = Path(__file__).with_name("peer_loader.py")
-    environment = machine_environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [str(python), str(script), str(request)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "expects a non scalar timestep" not in ended.stderr
-    pipeline = load_pipeline(tiny_pipeline_folder)
-    pipeline.set_progress_bar_config(disable=True)
-    for call in calls:
-        latents = torch.from_numpy(np.load(call["latents"]))
-        want = pipeline(call["prompts"], latents=latents, output_type="np", **call["settings"]).images
-        error = float(np.mean((np.load(call["images"]) - want) ** 2))
-        assert -10 * np.log10(max(error, 1e-20)) > 60
+    assert_peer_draws_what_torch_draws(peer, folder, tiny_pipeline_folder, calls, machine_environment)
+
+
+@pytest.mark.parametrize("weights", ["own", "linked"])
+def test_an_sdxl_folder_whose_weights_lie_beside_its_graph_loads_too(
+    weights: str,
+    peer: tuple[Peer, Path],
+    sdxl_exported: Path,
+    sdxl_state: Path,
+    tmp_path: Path,
+    machine_environment: dict[str, str],
+) -> None:
+    if peer[0].target == "openvino" and weights == "linked":
+        pytest.skip("OpenVINO's own format holds its weights always")
+    options = {"weights": weights} if peer[0].target == "onnxruntime" else {}
+    folder = engine_of(sdxl_exported, sdxl_state, tmp_path / "engine", peer[0].target, **options)
+    if peer[0].target == "onnxruntime":
+        beside = {path.name for path in (folder / "unet").iterdir() if path.suffix != ".json"} - {"model.onnx"}
+        assert beside == {"own": {"model.onnx_data"}, "linked": {"diffusion_pytorch_model.safetensors"}}[weights]
+    calls = calls_for(False, tmp_path)
+    assert_peer_draws_what_torch_draws(peer, folder, sdxl_state, calls, machine_environment)

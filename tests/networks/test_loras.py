@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.errors import SourceError
-from exporter.networks import loras
-from exporter.networks.loras import find_lora
+from exporter.networks.loras import find_lora, plan_fuse
 from exporter.networks.original_names import original_names
 from exporter.networks.pipeline import load_pipeline
 from exporter.networks.source import Choice, check_source
@@ -199,7 +198,15 @@ UNFIT: dict[str, tuple[dict[str, Tensor], str]] = {
     "half a pair": ({f"unet.{LINEAR}.lora_A.weight": torch.ones(4, 32)}, r"to_q \(half a pair\)"),
     "dora": (
         {f"unet.{LINEAR}.lora_magnitude_vector": torch.ones(32)},
-        r"are no LoRA pairs .*lora_magnitude_vector",
+        r"make it a DoRA, and only plain LoRAs are supported: .*lora_magnitude_vector",
+    ),
+    "loha": (
+        {"lora_unet_conv_in.hada_w1_a": torch.ones(4, 2)},
+        r"make it a LoHa, and only plain LoRAs are supported: lora_unet_conv_in\.hada_w1_a",
+    ),
+    "lokr": (
+        {"lora_unet_conv_in.lokr_w1": torch.ones(4, 2)},
+        "make it a LoKr, and only plain LoRAs are supported",
     ),
     "nothing": ({"conv_in.weight": torch.ones(2, 2)}, r"are no LoRA pairs .*: conv_in\.weight"),
     "nan": ({f"unet.{LINEAR}.lora_A.weight": torch.full((4, 32), float("nan"))}, "NaN or infinite weights in"),
@@ -232,7 +239,7 @@ def test_a_lora_must_be_safetensors_and_stay_finite(half: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_original_block_names_are_those_that_diffusers_reads(name: str) -> None:
+def test_original_block_names_are_those_that_diffusers_reads(name: str, tmp_path: Path) -> None:
     """Of every attention and feed-forward layer: what kohya's scripts train, and diffusers' own conversion knows."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -243,15 +250,20 @@ def test_original_block_names_are_those_that_diffusers_reads(name: str) -> None:
     trained = {path: old for path, old in names.items() if ".transformer_blocks." in path and ".norm" not in path}
     assert len(trained) > 30
     assert len(set(names.values())) == len(names)
-    targets = loras._targets(shapes)
+    kohya: dict[str, Tensor] = {}
     for path, old in trained.items():
-        kohya = f"lora_unet_{old.replace('.', '_')}"
-        pair = {f"{kohya}.lora_down.weight": torch.ones(1, 1), f"{kohya}.lora_up.weight": torch.ones(1, 1)}
-        state = pair | {f"{kohya}.alpha": torch.tensor(1.0)}
-        theirs, _ = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=unet.config)
-        (down,) = (key for key in theirs if ".down." in key)
-        assert loras._lookup(down.partition(".lora.")[0].partition("_lora.")[0], targets) == ("unet", f"{path}.weight")
-        assert loras._lookup(kohya, targets) == ("unet", f"{path}.weight")
+        rows, columns = shapes["unet"][f"{path}.weight"][:2]
+        module = f"lora_unet_{old.replace('.', '_')}"
+        kohya |= {f"{module}.lora_down.weight": torch.ones(1, columns), f"{module}.lora_up.weight": torch.ones(rows, 1)}
+        kohya[f"{module}.alpha"] = torch.tensor(1.0)
+    theirs, _ = StableDiffusionXLPipeline.lora_state_dict(dict(kohya), unet_config=unet.config)
+    for state in (kohya, {key: value for key, value in theirs.items() if "alpha" not in key}):
+        save_file(state, tmp_path / "a.safetensors")
+        plan = plan_fuse(_choice((tmp_path / "a.safetensors", 1.0)).loras, shapes, {})
+        assert plan["unet"].keys() == {f"{path}.weight" for path in trained}
+        for path, old in trained.items():
+            (update,) = plan["unet"][f"{path}.weight"]
+            assert state is not kohya or update.pair.down == f"lora_unet_{old.replace('.', '_')}.lora_down.weight"
 
 
 def test_original_names_are_those_of_the_checkpoints(half: Path) -> None:
