@@ -133,7 +133,7 @@ def test_problems_are_counted_by_image_and_kind() -> None:
 
 
 def test_large_images_are_compared_a_few_at_a_time() -> None:
-    """SSIM would take 20 GiB for sixteen images of 512 x 512 at once."""
+    """SSIM would take 19 GiB for sixteen images of 512 x 512 at once."""
     assert at_once(100, 64 * 64) == 16
     assert at_once(100, 512 * 512) == 1
     assert at_once(3, 64 * 64) == 3
