@@ -136,11 +136,13 @@ class _Scores(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at the shapes of query and key, and go on."""
-        if "scaled_dot_product" in str(func):
-            query, key = args[0].shape, args[1].shape
-            self._seen.scores = max(self._seen.scores, prod(query[:-1]) * int(key[-2]))
-        return func(*args, **(kwargs or {}))
+        """Look at what a softmax answers, or at query and key of a kernel that keeps it to itself."""
+        found = func(*args, **(kwargs or {}))
+        if "softmax" in str(func):
+            self._seen.scores = max(self._seen.scores, found.numel())
+        elif "scaled_dot_product" in str(func):
+            self._seen.scores = max(self._seen.scores, prod(args[0].shape[:-1]) * int(args[1].shape[-2]))
+        return found
 
 
 def _text_cost(module: nn.Module, rows: int) -> _Seen:

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from exporter.errors import ComponentFailed
-from exporter.metrics.images import detect, image_measurements, problem_measurement, psnr_db, ssim
+from exporter.metrics.images import SSIM_BYTES, at_once, detect, image_measurements, problem_measurement, psnr_db, ssim
 from exporter.metrics.place import Place
 
 PLACE = Place("2-tuned", "openvino")
@@ -130,3 +130,12 @@ def test_problems_are_counted_by_image_and_kind() -> None:
     found = problem_measurement([["nan"], [], ["black", "constant"]], PLACE)
     assert (found.value, found.samples) == (2.0, 3)
     assert found.detail == {"nan": 1, "black": 1, "constant": 1}
+
+
+def test_large_images_are_compared_a_few_at_a_time() -> None:
+    """SSIM would take 19 GiB for sixteen images of 512 x 512 at once."""
+    assert at_once(100, 64 * 64) == 16
+    assert at_once(100, 512 * 512) == 1
+    assert at_once(3, 64 * 64) == 3
+    for pixels in (64 * 64, 256 * 256, 512 * 512):
+        assert at_once(100, pixels) * pixels * SSIM_BYTES < 1.5 * 2**30
