@@ -194,7 +194,7 @@ def test_inspect_reads_as_text_and_is_exact_as_json(call: Any, finished: Path) -
     said = call("inspect", folder)[1]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["digest"] in said
-    assert "stage            prune: method magnitude, keep_ratio 0.75, round_to 8" in said
+    assert "stage            prune: keep_ratio 0.75, method magnitude, round_to 8" in said
     assert "module" in said
     for python in ("{", "}", "[", "'", "None", "True", "False"):
         assert python not in said, python
