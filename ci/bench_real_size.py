@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,10 @@ def main() -> int:
     given = parser.parse_args()
     given.latent = given.latent or CONFIGS[given.family]["sample_size"]
     if given.alone:
-        sys.stdout.write(json.dumps(STEPS[given.alone](given)) + "\n")
+        watch = _Anonymous()
+        watch.start()
+        told = STEPS[given.alone](given)
+        sys.stdout.write(json.dumps({"peak_anonymous_mib": watch.peak_mib, **told}) + "\n")
         return 0
     from exporter.metrics.size import run_child
 
@@ -145,7 +149,7 @@ def _ours(given: argparse.Namespace) -> dict[str, Any]:
     with _clock() as took:
         module, weights = stored_weights(bare, "0" * 64)
         export_component("unet", module, out, _options(given), weights=weights)
-    return {"seconds": took[0], "cpu_s": took[1], "graph_bytes": (out / "model.onnx").stat().st_size, **_anonymous()}
+    return {"seconds": took[0], "cpu_s": took[1], "graph_bytes": (out / "model.onnx").stat().st_size}
 
 
 def _bare(given: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _bare(given: argparse.Namespace) -> dict[str, Any]:
         program.save(str(out / "model.onnx"), external_data=True)
     for path in out.iterdir():
         path.unlink()
-    return {"seconds": took[0], "cpu_s": took[1], "save_s": saved[0], **_anonymous()}
+    return {"seconds": took[0], "cpu_s": took[1], "save_s": saved[0]}
 
 
 def _parity(given: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +191,7 @@ def _compile(given: argparse.Namespace) -> dict[str, Any]:
     options = target.options(precision=given.precision)
     with _clock() as took:
         target.compile(given.out / "ours" / "model.onnx", _emptied(given.out / "openvino"), options)
-    return {"seconds": took[0], **_anonymous()}
+    return {"seconds": took[0]}
 
 
 def _call(given: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def _call(given: argparse.Namespace) -> dict[str, Any]:
         session(feeds)
     with _clock() as second:
         session(feeds)
-    return {"load_s": loaded[0], "first_call_s": first[0], "second_call_s": second[0], **_anonymous()}
+    return {"load_s": loaded[0], "first_call_s": first[0], "second_call_s": second[0]}
 
 
 def _pairs(given: argparse.Namespace) -> dict[str, Any]:
@@ -254,12 +258,21 @@ def _emptied(folder: Path) -> Path:
     return folder
 
 
-def _anonymous() -> dict[str, int]:
-    """Return the memory at the end that is no mapped file, where the system tells it: the peak counts those too."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
-    found = [int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon:")]
-    return {"anonymous_mib": found[0]} if found else {}
+class _Anonymous(threading.Thread):
+    """Watches the memory of this process that is no mapped file, where the system tells it: peaks count those too."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_mib: int | None = None
+
+    def run(self) -> None:
+        """Look fifty times a second, as long as the process lives."""
+        status = Path("/proc/self/status")
+        while status.is_file():
+            lines = status.read_text(encoding="utf-8").splitlines()
+            found = [int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon:")]
+            self.peak_mib = max([*found, self.peak_mib or 0])
+            time.sleep(0.02)
 
 
 @contextmanager
