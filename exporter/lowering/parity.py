@@ -115,11 +115,10 @@ def compare_answers(
 
 
 def _open(component: str, path: Path) -> Session:
-    from targets.ort import OnnxRuntime, OrtOptions
+    from targets.ort import OnnxRuntime
 
     try:
-        # Unoptimised: what is judged is the export, and this is the graph as it was written.
-        return OnnxRuntime().open(path.parent, OrtOptions(optimization="disabled"))
+        return OnnxRuntime().open_as_written(path)  # what is judged is the export, not the runtime's optimiser
     except TargetMissing as error:
         raise ToolMissing(f"{component}: parity: {error}") from error
     except TargetError as error:
