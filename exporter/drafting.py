@@ -12,7 +12,7 @@ from typing import Any
 import targets
 from exporter.artifact import disk_failure, write_text
 from exporter.errors import RecipeError, SourceError, ToolMissing
-from exporter.networks.components import components
+from exporter.networks.components import family
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import MODEL_INDEX, open_source
 from exporter.networks.weights import WEIGHT_STEMS, read_object, variants_of
@@ -118,7 +118,7 @@ def draft(source: str, device: str, name: str, *, config: str | None = None, var
     if not path.is_file():
         raise SourceError(f"{folder}: not a pipeline folder; got no {MODEL_INDEX}, expected one. Check the source.")
     pipeline = str(read_object(path, SourceError).get("_class_name"))
-    components(pipeline)  # refuses a family that the rest of the program does not know
+    family(pipeline)  # refuses one that the rest of the program does not know
     size = image_size(None, folder)
     variant = variant or (_variant_of(folder) if "config" not in keys else None)
     keys |= {"variant": variant} if variant else {}
@@ -134,7 +134,7 @@ def draft(source: str, device: str, name: str, *, config: str | None = None, var
             "  # loras: [{path: style.safetensors, weight: 0.8}]   # fused before anything else",
             "  safety_checker: drop                               # or: keep",
             f"sampling: {{scheduler: source, steps: {steps}, guidance: {guidance}, size: {size}, batch: 1}}",
-            *_stages(chosen, "shapes-train" if source == EMBEDDED else EVERYDAY),
+            *_stages(chosen, "shapes-train" if source == EMBEDDED else EVERYDAY, tunes=family(pipeline).distills),
             *_targets(chosen),
             "measure:",
             f"  prompts: {prompts}  # better: a txt, csv or jsonl file with prompts of your own",
@@ -190,12 +190,13 @@ def _variant_of(folder: Path) -> str | None:
     return next((word for word in _VARIANT_ORDER if word in found), min(found))
 
 
-def _stages(device: Device, prompts: str) -> list[str]:
+def _stages(device: Device, prompts: str, *, tunes: bool) -> list[str]:
     ratio, steps = device.keep_ratio, device.steps or 500
+    tune = f"  - tune: {{method: distill, steps: {steps}, batch: 4, prompts: {prompts}}}"
     lines = [
         "  # `exporter pruners` lists the methods and their options; distillation is much faster on a GPU",
         f"  - prune: {{method: magnitude, keep_ratio: {ratio or 0.75}, round_to: 8}}",
-        f"  - tune: {{method: distill, steps: {steps}, batch: 4, prompts: {prompts}}}",
+        tune if tunes else "  # no tune stage: distillation does not know this family",
     ]
     if ratio is None:
         return ["stages: []", *(f"#{line[1:]}" for line in lines[1:])]

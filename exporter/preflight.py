@@ -17,7 +17,7 @@ from exporter.errors import ExporterError, Findings, RecipeError, SourceError, T
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.networks.components import check_requested, components
+from exporter.networks.components import check_requested, components, family
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
@@ -340,6 +340,11 @@ def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
 def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
     names = {part.name for part in components(facts.pipeline_class)} | {"denoiser"}
     for index, stage in enumerate(recipe.stages):
+        if stage.kind == "tune" and not family(facts.pipeline_class).distills:
+            raise RecipeError(
+                f"stages[{index}].tune: cannot distil this family; got {facts.pipeline_class}, expected one with a "
+                "schedule of betas that draws from prompts. Remove the stage."
+            )
         wanted = stage.options.get("component", "denoiser")
         if wanted not in names:
             place = f"stages[{index}].{stage.kind}.component"

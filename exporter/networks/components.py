@@ -65,6 +65,7 @@ class Family:
         sized: whether the image size is an argument; otherwise it is the model's own.
         multiple: image sides are multiples of the VAE's scale times this; 0 stands for the denoiser's patch size.
         latent: side of the latent that the model was made for, where the denoiser's config does not say.
+        distills: whether distillation can make its noise (from a schedule of betas) and its data (from prompts).
         schedulers: values of the recipe's ``sampling.scheduler`` that it can be driven with.
         source_schedulers: classes that its own scheduler may have; empty for any of `SCHEDULER_CLASSES`.
         options: plain values of ``model_index.json`` that its constructor takes.
@@ -81,6 +82,7 @@ class Family:
     sized: bool = True
     multiple: int = 1
     latent: int = 0
+    distills: bool = True
     schedulers: tuple[str, ...] = _BETAS
     source_schedulers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -147,6 +149,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             conditional_first=True,
             sized=False,
             multiple=0,
+            distills=False,
             schedulers=("source", "ddim", "dpm-solver++"),
             source_schedulers=("DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"),
             options=("id2label",),
@@ -161,6 +164,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
             multiple=0,
+            distills=False,
             schedulers=("source",),
             source_schedulers=("FlowMatchEulerDiscreteScheduler",),
             absent=_NO_IMAGES,
@@ -176,6 +180,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             guidance="input",
             multiple=2,
             latent=128,
+            distills=False,
             schedulers=("source",),
             source_schedulers=("FlowMatchEulerDiscreteScheduler",),
             absent=_NO_IMAGES,

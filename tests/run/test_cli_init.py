@@ -47,6 +47,20 @@ def test_the_embedded_model_and_a_variant_are_recognised(call: Any, tiny_pipelin
     assert recipe.measure.prompts == "everyday"
 
 
+def test_a_family_that_cannot_be_distilled_is_drafted_without_and_refused_with_that_stage(
+    call: Any, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "flux", tmp_path / "flux.yaml"
+    assert call("random", "--family", "flux", "--tiny", source)[0] == 0
+    assert call("init", source, "--device", "laptop", "--out", out)[0] == 0
+    assert [stage.kind for stage in read_recipe(out).stages] == ["prune"]
+    stages = "[{tune: {method: distill, steps: 1, prompts: everyday}}]"
+    out.write_text(yaml.safe_dump(yaml.safe_load(out.read_text()) | {"stages": yaml.safe_load(stages)}))
+    code, _, error = call("check", out, "--out", tmp_path / "run")
+    assert code == 2
+    assert "stages[0].tune: cannot distil this family; got FluxPipeline" in error
+
+
 def test_every_commented_line_can_be_switched_on(call: Any, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "recipe.yaml"
     call("init", tiny_pipeline_folder, "--device", "cpu", "--out", out)
