@@ -144,17 +144,22 @@ def deciding(measurements: Iterable[Measurement], column: Column) -> Measurement
     return worst(measured, key=lambda measurement: measurement.value if measurement.value is not None else 0.0)
 
 
-def limit_of(gate: GateRecord, unit: str, shown: str | None = None) -> Limit:
+def limit_of(gate: GateRecord, unit: str, shown: str | None = None, *, relative: bool = False) -> Limit:
     """Return a gate as a limit, in digits that tell it apart from the value that was compared.
 
     Args:
         gate: the gate.
         unit: of its metric.
         shown: the component whose value stands beside the limit; a gate on another one names it.
+        relative: leave a limit relative to dense in the recipe's words: the value beside it was not taken in the same
+            moment as dense's, only the pairs were, and they are what was compared.
     """
     of = f" {gate.component}" if gate.component not in (None, shown) else ""
     if gate.limit is None:
         return Limit(gate.status, f"limit not known{of}")
+    words = gate.gate.get("max" if limit_sign(gate) == "≤" else "min")
+    if relative and isinstance(words, str) and "dense" in words:
+        return Limit(gate.status, f"{limit_sign(gate)} {words.replace('*', '×')}{of}")
     text = quantity(gate.limit, unit) if gate.got is None else apart(gate.got, gate.limit, unit)[1]
     return Limit(gate.status, f"{limit_sign(gate)} {text}{of}")
 
@@ -182,7 +187,7 @@ def _entry(column: Column, cell: CellRecord, gates: list[GateRecord], reasons: l
     unit = measurement.unit if measurement else ""
     # What other components passed is left out: of several components the value shown is the one that decides.
     told = [gate for gate in mine if gate.status != "passed" or gate.component in (None, shown)] or mine
-    limits = tuple(dict.fromkeys(limit_of(gate, unit, shown) for gate in told))
+    limits = tuple(dict.fromkeys(limit_of(gate, unit, shown, relative=True) for gate in told))
     status = _worst_status(limits)
     if measurement is None or measurement.value is None:
         reason = (measurement.note if measurement else "") or "the run recorded no value and no reason"

@@ -62,6 +62,17 @@ def test_missed_gate_of_another_component_marks_the_cell_and_names_it(record: Ru
     assert entry.limits[0].text == "≤ 5.00 ms vae_decoder"
 
 
+def test_a_limit_relative_to_dense_stands_in_the_recipes_words_beside_a_value_of_another_moment(
+    record: RunRecord,
+) -> None:
+    found = cell(measurement("latency.median_ms", 52.2, "ms", component="unet"))
+    words = {"metric": "latency.median_ms", "max": "0.95 * dense"}
+    passed = gate("passed", metric="latency.median_ms", gate=words, limit=41.1, got=38.3, component="unet")
+    one = table.build(record.model_copy(update={"cells": [found], "gates": [passed]}))
+    entry = next(entry for entry in one.rows[0].entries if entry.column == table.LATENCY_COLUMN)
+    assert entry.limits[0].text == "≤ 0.95 × dense"
+
+
 def test_gated_metric_outside_the_usual_columns_gets_its_own(record: RunRecord) -> None:
     assert table.build(record).columns[-1].metric == "fidelity.image.lpips"
 
