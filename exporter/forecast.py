@@ -9,7 +9,7 @@ holds both sides, expected and got, so that they can be fitted again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class Forecast:
         memory_mib: most resident memory of one process.
         needed_mib: of it, what the process does not have yet.
         disk_mib: written, files that several folders share once.
-        seconds: of a run that finds nothing done.
+        seconds: of a run that finds nothing done, beside whatever else this machine does now.
+        processor_seconds: of it, what processors work for the run, which others on the machine change little.
         phase: the phase that takes the most memory, in words.
     """
 
@@ -68,6 +69,7 @@ class Forecast:
     needed_mib: int
     disk_mib: int
     seconds: int
+    processor_seconds: int
     phase: str
 
 
@@ -99,12 +101,15 @@ class _Job:
         return [stage for stage in self.recipe.stages if stage.kind == "tune"]
 
 
-def compare(forecast: Forecast, *, memory_mib: float, disk_mib: float, seconds: float) -> dict[str, dict[str, float]]:
-    """Return, for memory, disk and time, what was expected, what happened, and the ratio of the two."""
+def compare(
+    forecast: Forecast, *, memory_mib: float, disk_mib: float, seconds: float, processor_seconds: float
+) -> dict[str, dict[str, float]]:
+    """Return, for memory, disk and times, what was expected, what happened, and the ratio of the two."""
     pairs = {
         "memory_mib": (forecast.memory_mib, memory_mib),
         "disk_mib": (forecast.disk_mib, disk_mib),
         "seconds": (forecast.seconds, seconds),
+        "processor_seconds": (forecast.processor_seconds, processor_seconds),
     }
     return {
         name: {"expected": float(expected), "got": round(got, 1), "ratio": round(got / max(expected, 1), 3)}
@@ -145,9 +150,11 @@ def forecast(
     phases = _memory(job)
     phase = max(phases, key=lambda name: phases[name])
     disk = _disk(job)
-    seconds = (_seconds(job, here) + disk * MIB / _BYTES_PER_S) / here.share
+    files = disk * MIB / _BYTES_PER_S
+    seconds = (_seconds(job, here) + files) / here.share
+    alone = _seconds(job, replace(here, threads=1, cores=1)) + files
     needed = _LIBRARIES_MIB + phases[phase]
-    return Forecast(int(own + needed), int(needed), int(disk), int(seconds), phase)
+    return Forecast(int(own + needed), int(needed), int(disk), int(seconds), int(alone), phase)
 
 
 def _kept(recipe: Recipe, state: str) -> float:
@@ -290,7 +297,7 @@ def _torch_call(network: Network, here: Machine) -> float:
 def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool) -> float:
     """Return the seconds of one cell: compile, open, answer, draw, time, and open again in a process of its own."""
     recipe, networks = job.recipe, job.networks
-    threads = asdict(column.options).get("threads") or here.cores
+    threads = min(asdict(column.options).get("threads") or here.cores, here.cores)
     narrow = _BF16 if _is_narrow(column) else 1.0
     reached = _REACHED.get(column.target.type, _REACHED_OTHERS)
     share = {name: kept if name == _DENOISER else 1.0 for name in networks}

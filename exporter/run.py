@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class _Run:
     measure_again: bool
     started: str
     clock: float
+    worked: float
     shared: str = ""
     states: dict[str, Artifact] = field(default_factory=dict)
     records: list[StateRecord] = field(default_factory=list)
@@ -105,7 +107,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
     )
     with locked(out):
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic())
+        run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic(), _processor_seconds())
         run.found = (out / "states").is_dir()
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
@@ -310,7 +312,13 @@ def _forecast(run: _Run) -> dict[str, dict[str, float]]:
         memory_mib=max(own_peak_rss_mib(), run.peak_mib),
         disk_mib=size_bytes(run.out) / MIB,
         seconds=time.monotonic() - run.clock,
+        processor_seconds=_processor_seconds() - run.worked,
     )
+
+
+def _processor_seconds() -> float:
+    """Return what processors have worked for this process and for the ones it has started."""
+    return sum(os.times()[:4])
 
 
 def _target_records(run: _Run) -> list[TargetRecord]:
