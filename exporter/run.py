@@ -132,7 +132,7 @@ def _carry_out(run: _Run) -> None:
     recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)
     run.used |= {DENSE, recording.folder.parent.name}
     run.shared = shared_key(run.recipe, dense, recording, environment(), run.memo)
-    lab = Lab(run.recipe, run.out, run.progress, recording, run.memo)
+    lab = Lab(run.recipe, run.out, run.progress, run.memo)
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
     shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)

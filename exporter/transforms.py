@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
 from exporter.dense import fill_dense
 from exporter.errors import RecipeError
+from exporter.loan import DenseLoan
 from exporter.memo import FileMemo
 from exporter.networks.components import Component
-from exporter.networks.inputs import SHARED, as_arguments
 from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
 from exporter.networks.source import SourceFacts
@@ -33,8 +32,9 @@ from exporter.networks.weights import present_names, read_headers, weight_files
 from exporter.progress import Progress
 from exporter.prompts import prompt_set
 from exporter.pruners import PRUNERS, pruner
-from exporter.pruners.base import Context
+from exporter.pruners.base import Context, Stopwatch
 from exporter.recipe import Recipe, StageSpec
+from exporter.recordings import resolved_sampling
 from exporter.sampling import use_scheduler
 from exporter.states import components_of, form_of, image_size
 from exporter.tuning import TUNERS, tuner
@@ -44,39 +44,29 @@ from exporter.validation import hint, one_of, options_from
 LIBRARIES = ("torch", "diffusers", "transformers", "torch-pruning", "accelerate", "safetensors")
 """Versions of these enter the key of every state."""
 
-EMBEDDED_TUNING_PROMPTS = "shapes-train"
-"""What a tuning stage of the embedded model trains on where the recipe names no prompts."""
+EMBEDDED_PROMPTS = "shapes-train"
+"""What a stage of the embedded model looks at or trains on where the recipe names no prompts."""
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Lab:
-    """What stages share: where to work, what to report to, what a recording of the dense pipeline offers.
+    """What stages share: where to work, what to report to, what a target tells.
 
     Attributes:
         recipe: the whole recipe.
         out: the run's folder.
         progress: what long work reports to.
-        recording: of the dense pipeline.
         memo: what is known of files.
+        stopwatch: of the first usable target, or why there is none.
     """
 
     recipe: Recipe
     out: Path
     progress: Progress
-    recording: Recording
     memo: FileMemo
-
-    def samples(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the denoiser's inputs along the dense trajectory, one dictionary per timestep."""
-        for step in range(len(self.recording.timesteps)):
-            call = self.recording.calls(step)
-            arrays = {name: array[0] if name in SHARED else array for name, array in call.given.items()}
-            given = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            timestep = torch.full((len(call.sample),), call.timestep)
-            first = self.recording.index.inputs[0]
-            yield as_arguments({first: torch.from_numpy(call.sample), "timestep": timestep, **given})
+    stopwatch: Stopwatch | str = "no target of the recipe can be used here"
 
     def prompts(self, name: str) -> list[str]:
         """Return the prompts of a named set or file."""
@@ -97,8 +87,9 @@ def stage_options(recipe: Recipe, index: int) -> Any:
         raise RecipeError(msg + hint(stage.method, registry))
     method = pruner(stage.method) if stage.kind == "prune" else tuner(stage.method)
     given = stage.options
-    if embedded and stage.kind == "tune" and "prompts" not in given:
-        given |= {"prompts": EMBEDDED_TUNING_PROMPTS}
+    takes_prompts = any(field.name == "prompts" for field in fields(method.options))
+    if embedded and takes_prompts and "prompts" not in given:
+        given |= {"prompts": EMBEDDED_PROMPTS}
     return options_from(method.options, given, f"{place}.{stage.kind}")
 
 
@@ -129,7 +120,7 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     stage = lab.recipe.stages[index]
     options = stage_options(lab.recipe, index)
     recipe_part = {"seed": lab.recipe.seed, "stage": stage.kind, "method": stage.method, "options": asdict(options)}
-    if stage.kind == "tune":  # a tuning method generates its data with the dense pipeline and the recipe's sampling
+    if stage.kind == "tune" or hasattr(options, "prompts"):  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
     key = digest_of([parent.digest, recipe_part, _versions()])
     found = reusable(final, key, lab.memo)
@@ -180,17 +171,15 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     network = load_network(folder, cls=component.cls)
     before = Snapshot.of(network)
     parameters = parameter_count(network)
-    context = Context(
-        generator=torch.Generator().manual_seed(seed_of(job.lab.recipe.seed, job.index, "prune")),
-        progress=job.lab.progress,
-        workdir=job.workdir,
-        samples=job.lab.samples,
-    )
-    pruner(stage.method)(options).prune(network, context)
+    seed = seed_of(job.lab.recipe.seed, job.index, "prune")
+    sampling = resolved_sampling(job.lab.recipe, job.dense.path)
+    loan = DenseLoan(job.dense, sampling, job.lab.stopwatch, seed, job.workdir / "loan", job.lab.progress)
+    context = Context(torch.Generator().manual_seed(seed), job.lab.progress, job.workdir, loan)
+    outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
     _save(network, component, job, load_surgery(folder).then(surgery))
-    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery)}
+    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **outcome.facts}
 
 
 def _edits(surgery: Surgery) -> dict[str, int]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from exporter.loan import DenseLoan
+
 ROOT = Path(__file__).resolve().parent.parent
 _MACHINE = MappingProxyType(dict(os.environ))
 _OFFLINE = {
@@ -102,6 +104,22 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
     return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_loan(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DenseLoan:
+    """What a run lends to pruning methods, of the tiny pipeline: 3 steps at guidance 3, 2 images at a time."""
+    from exporter.loan import DenseLoan
+    from exporter.networks.source import check_source
+    from exporter.progress import Silent
+    from exporter.transforms import make_dense
+
+    folder = tmp_path_factory.mktemp("tiny-loan")
+    (folder / "prompts.txt").write_text("a cat\na dog\na hat\n")
+    facts = check_source(tiny_pipeline_folder)
+    dense, _ = make_dense(tiny_pipeline_folder, facts, folder / "dense")
+    sampling = {"scheduler": "ddim", "steps": 3, "guidance": 3.0, "size": 64, "batch": 2}
+    return DenseLoan(dense, sampling, "no target here", 5, folder / "loan", Silent())
 
 
 def _tiny_vae() -> AutoencoderKL:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from exporter.errors import RecipeError
 from exporter.progress import Progress
+
+if TYPE_CHECKING:  # seconds to import
+    from calibration.calling import Drawing, Form
+    from calibration.recording import Recording
+    from exporter.tuning.data import LatentData
 
 PARTS = ("channels", "heads", "neurons", "streams")
 """Kinds of width: inner convolution channels, attention heads, feed-forward neurons, residual streams."""
@@ -21,25 +26,98 @@ Cuttable = Literal["denoiser", "vae_decoder", "text_encoder", "text_encoder_2", 
 """What a method may be told to cut; which of them a source has, its family says."""
 
 
+class Stopwatch(Protocol):
+    """Latencies on the recipe's target, at the recipe's batch and size; each is lowered, compiled and timed there."""
+
+    def whole_ms(self, network: nn.Module) -> float:
+        """Return the median latency of one call of a whole denoiser, with the rows that guidance needs, in ms."""
+
+    def units_ms(self, network: nn.Module, paths: Sequence[str]) -> dict[str, float]:
+        """Return the median latency of modules of a network, each exported and timed by itself, by path, in ms."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """What the run lends to a method.
+    """What the run lends to a method. All of it belongs to the dense pipeline but for the network itself.
 
     Attributes:
         generator: CPU generator, the only source of randomness of a method.
         progress: where long work reports to.
-        workdir: an own folder for checkpoints, kept between attempts.
-        samples: recorded denoiser inputs, each a dict of keyword arguments for the network.
-        evaluate: fidelity of an edited network; larger is better. None where the run offers none.
-        latency_ms: median latency of an edited network on the recipe's target, in ms. None likewise.
+        workdir: an own folder for checkpoints, kept between attempts and keyed by the stage.
+        loan: what methods that look at data, at the sampler or at the target need; see `borrowed`.
     """
 
     generator: torch.Generator
     progress: Progress
     workdir: Path
-    samples: Callable[[], Iterator[dict[str, Tensor]]]
-    evaluate: Callable[[nn.Module], float] | None = None
-    latency_ms: Callable[[nn.Module], float] | None = None
+    loan: Loan | None = None
+
+    @property
+    def borrowed(self) -> Loan:
+        """What was lent.
+
+        Raises:
+            RecipeError: nothing was.
+        """
+        if self.loan is None:
+            raise RecipeError("prune.method: it needs data, and none is lent here; expected a run. Prune in a recipe.")
+        return self.loan
+
+
+class Loan(Protocol):
+    """The dense pipeline and the target, for methods that need more than the weights."""
+
+    @property
+    def batch(self) -> int:
+        """Images at a time."""
+
+    @property
+    def stopwatch(self) -> Stopwatch | str:
+        """Latencies on the recipe's first usable target; where there is none, a sentence that says why."""
+
+    @property
+    def form(self) -> Form:
+        """How the pipeline is called."""
+
+    @property
+    def drawing(self) -> Drawing:
+        """Steps, guidance and size of the recipe's sampling."""
+
+    def pipeline(self) -> Any:
+        """Return a dense pipeline of one's own, float32, on the CPU, with the scheduler of the recipe's sampling."""
+
+    def texts(self, prompts: str | None) -> list[str]:
+        """Return the prompts of a named set or file.
+
+        Raises:
+            RecipeError: None was given, or there is no such set.
+        """
+
+    def recording(self, prompts: str | None, images: int) -> Recording:
+        """Return the dense pipeline's denoiser calls while it draws the first prompts of a set, none measured on.
+
+        Raises:
+            RecipeError: as for `texts`.
+        """
+
+    def data(self, prompts: str | None, samples: int) -> LatentData:
+        """Return clean latents that the dense pipeline draws for the prompts of a set, and its noise schedule.
+
+        Raises:
+            RecipeError: as for `texts`, or a scheduler without a schedule of noise.
+        """
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method tells of its work besides the edited network.
+
+    Attributes:
+        facts: JSON values for manifest and report: scores, correlations, predicted against measured. No times, no
+            paths: equal runs tell the same.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Pruner(Protocol):
@@ -54,7 +132,7 @@ class Pruner(Protocol):
     def __init__(self, options: Any) -> None:
         """Keep the options, an instance of `options`."""
 
-    def prune(self, network: nn.Module, context: Context) -> None:
+    def prune(self, network: nn.Module, context: Context) -> Outcome:
         """Edit the network in place; save nothing, record nothing."""
 
 
@@ -102,6 +180,28 @@ class CutOptions:
         if not self.parts or set(self.parts) - set(PARTS):
             got = f"prune.parts: got {list(self.parts)}, expected some of {', '.join(PARTS)}."
             raise RecipeError(f"{got} Write [heads, neurons] to leave convolutions alone.")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Recipe keys of a method that looks at data.
+
+    Attributes:
+        prompts: a set or file of prompts, none of those that the run measures on. The embedded model has its own.
+        images: how many of them are drawn.
+    """
+
+    prompts: str | None = None
+    images: int = field(default=16, metadata={"minimum": 1})
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say.
+
+        Raises:
+            RecipeError: a value out of range, naming the key and the fix.
+        """
+        if self.images < 1:
+            raise RecipeError(f"prune.images: got {self.images}, expected a whole number of at least 1. Write 16.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from exporter.pruners.base import Block, Context, CutOptions, Layer
+from exporter.pruners.base import Block, Context, CutOptions, Layer, Outcome
 from exporter.pruners.one_shot import prune_by
 
 
@@ -28,13 +28,13 @@ class Magnitude:
     def __init__(self, options: CutOptions) -> None:
         self._options = options
 
-    def prune(self, network: nn.Module, context: Context) -> None:
+    def prune(self, network: nn.Module, context: Context) -> Outcome:
         """Edit the network in place.
 
         Raises:
             RecipeError: the options remove nothing from this network.
         """
-        prune_by(self, network, self._options, progress=context.progress)
+        return prune_by(self, network, self._options, progress=context.progress)
 
     def of_units(self, layer: Layer) -> Tensor:
         """Return (layer.units,) float32: mean over weights of the unit's L2 norm, relative to the layer's mean norm.

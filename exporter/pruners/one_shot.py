@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from exporter.progress import Progress
-from exporter.pruners.base import CutOptions, Importance
+from exporter.pruners.base import CutOptions, Importance, Outcome
 
 
-def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *, progress: Progress) -> None:
+def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *, progress: Progress) -> Outcome:
     """Cut a network in place by these scores.
 
     Raises:
@@ -21,3 +21,4 @@ def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *,
         cut_blocks(network, options, importance.of_block)
     else:
         cut_channels(network, options, importance.of_units, progress=progress)
+    return Outcome()

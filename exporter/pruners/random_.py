@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from exporter.pruners.base import Block, Context, CutOptions, Layer
+from exporter.pruners.base import Block, Context, CutOptions, Layer, Outcome
 from exporter.pruners.one_shot import prune_by
 
 
@@ -27,13 +27,13 @@ class Random:
     def __init__(self, options: CutOptions) -> None:
         self._options = options
 
-    def prune(self, network: nn.Module, context: Context) -> None:
+    def prune(self, network: nn.Module, context: Context) -> Outcome:
         """Edit the network in place.
 
         Raises:
             RecipeError: the options remove nothing from this network.
         """
-        prune_by(_Draw(context.generator), network, self._options, progress=context.progress)
+        return prune_by(_Draw(context.generator), network, self._options, progress=context.progress)
 
 
 @dataclass(frozen=True)

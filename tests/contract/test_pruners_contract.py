@@ -78,7 +78,7 @@ CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel")
 
 
 def context(tmp_path, seed=0):
-    return Context(torch.Generator().manual_seed(seed), Silent(), tmp_path, lambda: iter(()))
+    return Context(torch.Generator().manual_seed(seed), Silent(), tmp_path)
 
 
 def variants(name):

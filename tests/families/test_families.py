@@ -139,7 +139,7 @@ def test_a_pruned_denoiser_reloads_bit_equal_and_exports(
     size = sum(parameter.numel() for parameter in network.parameters())
     method = pruner("magnitude")
     options = method.options(keep_ratio=PRUNE["keep_ratio"] if cut == "channels" else 0.6, round_to=4, cut=cut)
-    context = Context(torch.Generator(), Silent(), tmp_path, lambda: iter(()))
+    context = Context(torch.Generator(), Silent(), tmp_path)
     method(options).prune(network, context)
     assert sum(parameter.numel() for parameter in network.parameters()) < size
     save_network(network, tmp_path / "saved", surgery=diff(before, network), original_config=config_of(folder))

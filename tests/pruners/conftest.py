@@ -83,4 +83,4 @@ def network(originals: dict[str, nn.Module]) -> Callable[[str], nn.Module]:
 @pytest.fixture
 def context(tmp_path: Path) -> Callable[[int], Context]:
     """Return a context of this seed."""
-    return lambda seed=0: Context(torch.Generator().manual_seed(seed), Silent(), tmp_path, lambda: iter(()))
+    return lambda seed=0: Context(torch.Generator().manual_seed(seed), Silent(), tmp_path)

@@ -38,7 +38,7 @@ def dense() -> nn.Module:
 @pytest.fixture(scope="session")
 def pruned(dense: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     made = copy.deepcopy(dense)
-    context = Context(torch.Generator(), Silent(), tmp_path_factory.mktemp("prune"), lambda: iter(()))
+    context = Context(torch.Generator(), Silent(), tmp_path_factory.mktemp("prune"))
     Magnitude(CutOptions(0.5)).prune(made, context)
     return made
 

@@ -170,7 +170,7 @@ def context_of_streams(tmp_path):
     from exporter.pruners.magnitude import Magnitude
 
     def cut(network):
-        context = Context(torch.Generator(), Silent(), tmp_path, lambda: iter(()))
+        context = Context(torch.Generator(), Silent(), tmp_path)
         Magnitude(CutOptions(0.5, parts=("streams",))).prune(network, context)
         return network
 
