@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 PRUNERS = {
     "random": "exporter.pruners.random_:Random",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
+    "taylor": "exporter.pruners.taylor:Taylor",
+    "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 
