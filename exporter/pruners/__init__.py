@@ -13,6 +13,7 @@ PRUNERS = {
     "magnitude": "exporter.pruners.magnitude:Magnitude",
     "taylor": "exporter.pruners.taylor:Taylor",
     "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
+    "ecodiff": "exporter.pruners.ecodiff:EcoDiff",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 
