@@ -22,6 +22,7 @@ from exporter.errors import RecipeError, SurgeryError
 from exporter.progress import Progress, task
 from exporter.pruners.attributes import head_widths, sync
 from exporter.pruners.base import CutOptions, Layer, Share
+from exporter.pruners.joint import cut_joint, joint_layers
 from exporter.pruners.protect import check_patterns, is_protected
 from exporter.pruners.ranking import removals
 from exporter.pruners.trace import dependency_graph
@@ -76,7 +77,7 @@ def cut_channels(
         return
     check_patterns(network, options.protect)
     cutter = _Cutter(network, options)
-    layers = [layer for _, layer in cutter.found]
+    layers = cutter.found
     # All scores before the first cut: a stream that shrinks must not change what its neighbours are worth.
     removed = removals(layers, options, score)
     gone = {layer.path: units for layer, units in zip(layers, removed, strict=True) if units}
@@ -99,7 +100,7 @@ def remove_units(network: nn.Module, options: CutOptions, gone: Mapping[str, lis
 
 def layers_of(network: nn.Module, options: CutOptions) -> list[Layer]:
     """Return every layer that `cut_channels` would consider, in the network's order."""
-    return [layer for _, layer in _Cutter(network, options).found]
+    return _Cutter(network, options).found
 
 
 class _Cutter:
@@ -109,7 +110,13 @@ class _Cutter:
         self._network, self._options = network, options
         self._graph = dependency_graph(network)
         self._paths = {module: path for path, module in network.named_modules()}
-        self.found = list(self._layers())
+        self._joint = [layer for layer in joint_layers(network) if self._is_wanted(layer)]
+        self._rooted = list(self._layers())
+        self.found = [*(layer for _, layer in self._rooted), *self._joint]
+
+    def _is_wanted(self, layer: Layer) -> bool:
+        modules = {share.path.rpartition(".")[0] for share in layer.shares}
+        return layer.part in self._options.parts and not is_protected([layer.path, *modules], self._options.protect)
 
     def _layers(self) -> Iterator[tuple[_Root, Layer]]:
         """Yield what can be cut, protected layers left out."""
@@ -127,12 +134,13 @@ class _Cutter:
         learnable = {path: parameter.requires_grad for path, parameter in self._network.named_parameters()}
         widths = head_widths(self._network)
         with task(progress, "cut channels", len(gone)):
-            for root, layer in self.found:
+            for root, layer in self._rooted:
                 if layer.path in gone:
                     width = layer.unit_width
                     channels = [unit * width + i for unit in gone[layer.path] for i in range(width)]
                     self._group(root, channels).prune(record_history=False)
                     progress.advance(note=layer.path)
+            cut_joint(self._network, self._joint, gone)
         sync(self._network, widths)
         for path, parameter in self._network.named_parameters():
             parameter.requires_grad_(learnable[path])

@@ -17,8 +17,8 @@ Departs, on purpose:
 - A unit is masked in the weights that read it, not by a hook; a branch whose last unit goes loses its bias too.
 - Trajectories are of a solver of one step, whatever the recipe samples with: DDIM, Euler for a flow, a consistency
   model's own. Adam without decay of the logits.
-Not reproduced: attention over text and image at once keeps its heads, as does attention of a single head; recovery by
-LoRA, for which there is `tune`.
+Not reproduced: attention of a single head keeps it, and so does attention over text and image at once its last one;
+recovery by LoRA, for which there is `tune`.
 """
 
 from __future__ import annotations

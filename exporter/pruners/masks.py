@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
@@ -58,9 +59,8 @@ def maskables(network: nn.Module, options: CutOptions, parts: Sequence[str]) -> 
 
 
 def _of_branch(network: nn.Module, layer: Layer, options: CutOptions) -> Maskable:
-    outputs = tuple(share for share in layer.shares if share.dim == 1)
-    (output,) = outputs  # a silent unit adds nothing through the one layer that reads it
-    bias = output.path.removesuffix("weight") + "bias"
+    outputs = tuple(share for share in layer.shares if share.dim == 1)  # a silent unit adds nothing through these
+    bias = outputs[0].path.removesuffix("weight") + "bias"
     whole = _may_go(network.get_submodule(layer.path))
     has_bias = any(name == bias for name, _ in network.named_parameters())
     least = 0 if whole else min(steps_of(layer, options))
@@ -77,8 +77,9 @@ def _cost(layer: Layer) -> float:
 
 def _may_go(module: nn.Module) -> bool:
     """Tell whether a branch without units can be replaced: by nothing added, or by its own input."""
-    block = cast("Any", module)
-    return not (isinstance(module, Attention) and module.residual_connection and block.rescale_output_factor != 1)
+    if isinstance(module, Attention) and module.added_kv_proj_dim is None:
+        return not module.residual_connection or cast("Any", module).rescale_output_factor == 1
+    return isinstance(module, FeedForward)
 
 
 def _modulations(network: nn.Module, options: CutOptions) -> list[Layer]:

@@ -76,7 +76,7 @@ class Trajectory:
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """Return latents to begin with, float32."""
-        return torch.randn(self.shape, generator=generator) * float(self.solver.init_noise_sigma)
+        return torch.randn(self.shape, generator=generator) * float(getattr(self.solver, "init_noise_sigma", 1.0))
 
     def step(self, index: int, latents: Tensor, answer: Answer) -> Tensor:
         """Return the latents after step `index`, counted from 0; equal inputs give equal latents.
