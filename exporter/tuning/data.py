@@ -57,7 +57,9 @@ class LatentData:
     scheduler: DDPMScheduler
     sample: str = "sample"
 
-    def batch(self, size: int, *, dropout: float, generator: torch.Generator, device: torch.device) -> Batch:
+    def batch(
+        self, size: int, *, dropout: float, generator: torch.Generator, device: torch.device, both: bool = False
+    ) -> Batch:
         """Return noised latents at timesteps spread evenly over the schedule, one random timestep per stratum.
 
         Args:
@@ -65,6 +67,7 @@ class LatentData:
             dropout: share of prompts that become the empty prompt, so that guidance keeps working.
             generator: a CPU generator; the batch follows from its state alone, on any device.
             device: where the batch goes.
+            both: ask everything twice, without the prompts first and then with them, as guidance does; none is dropped.
         """
         images = torch.randint(len(self.latents), (size,), generator=generator)
         total = int(self.scheduler.config.num_train_timesteps)
@@ -73,8 +76,11 @@ class LatentData:
         dropped = torch.rand(size, generator=generator) < dropout
         last = len(next(iter(self.given.values()), self.latents)) - 1
         prompts = torch.where(dropped, last, self.prompt_of[images])
+        noise = torch.randn(self.latents[images].shape, generator=generator)
+        if both:
+            prompts = torch.cat([torch.full_like(prompts, last), self.prompt_of[images]])
+            images, timesteps, noise = images.repeat(2), timesteps.repeat(2), torch.cat([noise, noise])
         clean = self.latents[images]
-        noise = torch.randn(clean.shape, generator=generator)
         noised = self.scheduler.add_noise(clean, noise, timesteps)
         given = {name: rows[prompts] for name, rows in self.given.items()}
         feeds = {self.sample: noised, "timestep": timesteps, **given}

@@ -1,7 +1,9 @@
 """Distillation from the dense state: the pruned denoiser learns to answer, and to see, as the dense one does.
 
-Source: output and feature distillation as in BK-SDM (arXiv 2305.15798). Departs: features are scaled by the teacher's,
-the loss on the data itself is off by default, data comes from the dense pipeline unless images are named.
+Source: output and feature distillation as in BK-SDM (arXiv 2305.15798); features normalized as in LAPTOP-Diff
+(arXiv 2404.11098); guided answers compared as "Improved Techniques for Training Smaller and Faster Stable Diffusion"
+seems to (a reconstruction; see `exporter.tuning.losses`). Departs: the loss on the data itself is off by default, data
+comes from the dense pipeline unless images are named.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 
 from calibration.calling import Form
 from exporter.errors import RecipeError, ToolMissing
-from exporter.networks.components import denoiser
+from exporter.networks.components import denoiser, family
 from exporter.tuning.base import TuneContext
 from exporter.tuning.data import Generation, LatentData, encoded, generated, noise_schedule
 from exporter.tuning.images import captioned_images
@@ -55,6 +57,7 @@ class Distill:
             ComponentFailed: the loss is no longer a number.
         """
         _check_form(teacher, context.form)
+        _check_guided(teacher, self._options.guided_share)
         device = device_of(self._options.device)
         teacher.to(device)
         data = self._data(teacher, context)
@@ -80,6 +83,13 @@ def _check_form(teacher: DiffusionPipeline, form: Form) -> None:
     if form.asked == "class_labels":
         got = f"tune.method: distill makes its data from texts; got {type(teacher).__name__}, which draws classes."
         raise RecipeError(f"{got} Remove the stage.")
+
+
+def _check_guided(teacher: DiffusionPipeline, share: float) -> None:
+    name = type(teacher).__name__
+    if share and family(name).guidance != "rows":
+        got = f"tune.guided_share: {name} is not guided by a row without the prompt; got {share:g}, expected 0."
+        raise RecipeError(f"{got} Remove it.")
 
 
 def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

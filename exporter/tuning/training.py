@@ -21,7 +21,7 @@ from exporter.progress import Progress, task
 from exporter.tuning.checkpoint import Checkpoint, digest_of_tensors, read, write
 from exporter.tuning.data import Batch, LatentData
 from exporter.tuning.ema import Ema
-from exporter.tuning.losses import feature_loss, stage_outputs
+from exporter.tuning.losses import feature_loss, guided_loss, stage_outputs
 from exporter.tuning.options import DistillOptions
 
 CURVE_POINTS = 60
@@ -155,9 +155,9 @@ class _Trainer:
             group["lr"] = rate_at(step, self._options)
         total = 0.0
         for part in range(self._options.accumulate):
-            batch = self._batch(step * self._options.accumulate + part, self._options.batch)
+            batch, scale = self._drawn(step * self._options.accumulate + part)
             with self._accelerator.accumulate(self._online):
-                loss = self._loss(batch)
+                loss = self._loss(batch, scale)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._online.parameters(), self._options.clip_norm)
@@ -171,19 +171,31 @@ class _Trainer:
         self.history[step] = total
         return total
 
-    def _batch(self, number: int, size: int, purpose: str = "train") -> Batch:
-        seed = int(digest_of([self._seed, purpose, number])[:15], 16)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        dropout = self._options.prompt_dropout
-        return self._data.batch(size, dropout=dropout, generator=generator, device=self._accelerator.device)
+    def _drawn(self, number: int) -> tuple[Batch, Tensor | None]:
+        """Return the batch of a forward pass and, where its guided answers are compared, the scale of every row."""
+        options, generator = self._options, self._generator("guidance", number)
+        if float(torch.rand((), generator=generator)) >= options.guided_share:
+            return self._batch(number, options.batch), None
+        width = options.guidance_high - options.guidance_low
+        scale = options.guidance_low + width * torch.rand(options.batch, generator=generator)
+        return self._batch(number, options.batch, both=True), scale
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _batch(self, number: int, size: int, purpose: str = "train", *, both: bool = False) -> Batch:
+        dropout, device = self._options.prompt_dropout, self._accelerator.device
+        generator = self._generator(purpose, number)
+        return self._data.batch(size, dropout=dropout, generator=generator, device=device, both=both)
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(int(digest_of([self._seed, purpose, number])[:15], 16))
+
+    def _loss(self, batch: Batch, scale: Tensor | None) -> Tensor:
         mine, theirs = self._seen
         answer, target = self._answer(self._online, batch), self._teacher_answer(batch)
         options = self._options
-        loss = options.output_weight * F.mse_loss(answer, target)
+        error = F.mse_loss(answer, target) if scale is None else guided_loss(answer, target, scale)
+        loss = options.output_weight * error
         if options.feature_weight:
-            features, _ = feature_loss(mine, theirs)
+            features, _ = feature_loss(mine, theirs, normalized=options.features == "normalized")
             if features is not None:
                 loss = loss + options.feature_weight * features
         if options.task_weight:
