@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from diffusers import AutoencoderKL
@@ -80,6 +81,28 @@ def remove_blocks(network: nn.Module, blocks: list[Block]) -> None:
             continue
         for index in sorted((int(block.path.rpartition(".")[2]) for block in removed), reverse=True):
             del stack[index]
+
+
+@contextmanager
+def without(network: nn.Module, blocks: list[Block]) -> Iterator[None]:
+    """Take blocks out of a network for a while; inside, it is what `remove_blocks` leaves.
+
+    The very same modules are back in their places afterwards, whatever happens.
+    """
+    slots: dict[nn.Module, dict[str, nn.Module | None]] = {}
+    for block in blocks:
+        path = block.path
+        for _ in range(3):  # a layer's stack, the stack's owner, and where that owner stands
+            path = path.rpartition(".")[0]
+            owner = network.get_submodule(path)
+            slots[owner] = dict(owner._modules)
+    try:
+        remove_blocks(network, blocks)
+        yield
+    finally:
+        for owner, before in slots.items():
+            owner._modules.clear()
+            owner._modules.update(before)
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
