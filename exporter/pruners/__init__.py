@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 PRUNERS = {
     "random": "exporter.pruners.random_:Random",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
+    "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 

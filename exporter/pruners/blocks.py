@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from exporter.errors import RecipeError
 from exporter.networks.standins import stand_in
 from exporter.pruners.base import Block, CutOptions
-from exporter.pruners.protect import check_patterns, is_protected
+from exporter.pruners.protect import Protects, check_patterns, is_protected
 
 _STACKS = ("transformer_blocks", "single_transformer_blocks")
 """Stacks of whole layers that a transformer denoiser holds itself."""
@@ -53,7 +53,7 @@ def cut_blocks(network: nn.Module, options: CutOptions, score: Callable[[Block],
     remove_blocks(network, [found[i] for i in order[kept:]])
 
 
-def blocks_of(network: nn.Module, options: CutOptions) -> list[Block]:
+def blocks_of(network: nn.Module, options: Protects) -> list[Block]:
     """Return every block that `cut_blocks` would consider, in the network's order."""
     return [
         Block(path, module, tuple(_branch(module)))
