@@ -12,6 +12,8 @@ PRUNERS = {
     "random": "exporter.pruners.random_:Random",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
     "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
+    "taylor": "exporter.pruners.taylor:Taylor",
+    "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 

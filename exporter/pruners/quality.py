@@ -15,7 +15,7 @@ from exporter.pruners.answers import Exam
 from exporter.pruners.base import Context, Loan
 
 Metric = Literal["guided", "latent", "clip"]
-"""``guided``: mean squared error of guided answers to recorded calls. ``latent``: of the latents that sampling ends with,
+"""``guided``: mean squared error of guided answers to recorded calls. ``latent``: of the latents sampling ends with,
 from the same noise. ``clip``: by how much the mean CLIP score of the images falls."""
 
 METRICS: tuple[str, ...] = get_args(Metric)
