@@ -201,7 +201,7 @@ def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artif
 
     def build(out: Path) -> Mapping[str, Any]:
         try:
-            _compile_apart(target, onnx.path / "model.onnx", out, column, shop)
+            shop.peak_mib = max(shop.peak_mib, compile_apart(column, onnx.path / "model.onnx", out))
         except TargetMissing as error:
             raise ToolMissing(f"target {column.name}: {error}") from error
         except (TargetError, ComponentFailed) as error:
@@ -212,13 +212,21 @@ def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artif
     return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title)
 
 
-def _compile_apart(target: Target, source: Path, out: Path, column: Column, shop: Workshop) -> None:
-    """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that."""
+def compile_apart(column: Column, source: Path, out: Path) -> float:
+    """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that.
+
+    Returns:
+        The most memory that it had, in MiB.
+
+    Raises:
+        TargetMissing, TargetError, ComponentFailed: it did not succeed.
+    """
     options = json.dumps(asdict(column.options))
-    command = [sys.executable, "-m", "targets.build", targets.TARGETS[target.type], options, str(source), str(out)]
+    builder = targets.TARGETS[column.target.type]
+    command = [sys.executable, "-m", "targets.build", builder, options, str(source), str(out)]
     child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path)
-    shop.peak_mib = max(shop.peak_mib, child.peak_rss_mib)
     raise_told(child.output)
+    return child.peak_rss_mib
 
 
 def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title

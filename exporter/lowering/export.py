@@ -78,6 +78,35 @@ def export_component(
         shown.advance()
 
 
+def export_function(
+    name: str, net: nn.Module, arguments: tuple[Tensor, ...], out: Path, options: ExportOptions
+) -> None:
+    """Write ``out/model.onnx`` of any module of tensors with the shapes of these arguments: a part of a network.
+
+    Args:
+        name: for messages and as the graph's name.
+        net: takes `arguments`, which the graph calls ``input_0`` and so on; what it wraps is its attribute ``net``, and
+            its weights are in memory. Unchanged afterwards.
+        arguments: example tensors.
+        out: an existing folder.
+        options: opset and where weights go; nothing else of it is read.
+
+    Raises:
+        ComponentFailed: torch cannot export it, or the result is not valid ONNX.
+    """
+    inputs = tuple(f"input_{index}" for index in range(len(arguments)))
+    model = cast("ir.Model", _traced(name, net, arguments, Signature(inputs, (), {}), options).model)
+    with _quiet("onnx_ir"):
+        simplify(model)
+    tidy(
+        model,
+        prefix=_PREFIX,
+        weights={path.removeprefix(_PREFIX): tensor.numel() for path, tensor in net.state_dict().items()},
+    )
+    model.graph.name = name
+    _write(model, name, out, options, Held())
+
+
 def weights_digest(module: nn.Module) -> str:
     """Return the sha256 of a network's state dict: names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
@@ -88,8 +117,12 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _exported(component: str, module: nn.Module, names: Signature, options: ExportOptions) -> Any:
-    wrapped = wrap(module)
-    arguments = _examples(module, names, options)
+    return _traced(component, wrap(module), _examples(module, names, options), names, options)
+
+
+def _traced(
+    component: str, wrapped: nn.Module, arguments: tuple[Tensor, ...], names: Signature, options: ExportOptions
+) -> Any:
     try:
         with _quiet_eval(wrapped), torch.no_grad():
             program = torch.onnx.export(
@@ -99,8 +132,8 @@ def _exported(component: str, module: nn.Module, names: Signature, options: Expo
                 optimize=False,  # done when the initializers have their values
                 opset_version=options.opset,
                 input_names=list(names.inputs),
-                output_names=list(names.outputs),
-                dynamic_shapes=_dynamic_shapes(names) if options.dynamic else None,
+                output_names=list(names.outputs) or None,
+                dynamic_shapes=_dynamic_shapes(names) if names.dynamic and options.dynamic else None,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:

@@ -29,11 +29,18 @@ Cuttable = Literal["denoiser", "vae_decoder", "text_encoder", "text_encoder_2", 
 class Stopwatch(Protocol):
     """Latencies on the recipe's target, at the recipe's batch and size; each is lowered, compiled and timed there."""
 
+    @property
+    def digest(self) -> str:
+        """Digest of all that its latencies depend on besides the network."""
+
     def whole_ms(self, network: nn.Module) -> float:
         """Return the median latency of one call of a whole denoiser, with the rows that guidance needs, in ms."""
 
     def units_ms(self, network: nn.Module, paths: Sequence[str]) -> dict[str, float]:
         """Return the median latency of modules of a network, each exported and timed by itself, by path, in ms."""
+
+    def control(self) -> Mapping[str, tuple[float, float, float]]:
+        """Return, by kind of what was timed, the ratio of one engine to itself and its interval: noise alone."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,9 @@ class Outcome:
     """What a method tells of its work besides the edited network.
 
     Attributes:
-        facts: JSON values for manifest and report: scores, correlations, predicted against measured. No times, no
-            paths: equal runs tell the same.
+        facts: JSON values for manifest and report: scores, correlations, predicted against measured. No paths, and no
+            times, so that equal runs tell the same; a method that cuts by latency, and so may cut otherwise when it is
+            run again, tells the milliseconds that it went by.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
