@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 from pathlib import Path
 
@@ -81,7 +82,15 @@ LITTLE = {"images": 2, "timesteps": 2}
 
 @pytest.fixture
 def context(tiny_loan, tmp_path):
-    return lambda seed=0: Context(torch.Generator().manual_seed(seed), Silent(), tmp_path, tiny_loan)
+    """Return a function that makes a context with a work folder of its own."""
+    numbers = itertools.count()
+
+    def made(seed=0):
+        workdir = tmp_path / f"work-{next(numbers)}"
+        workdir.mkdir()
+        return Context(torch.Generator().manual_seed(seed), Silent(), workdir, tiny_loan)
+
+    return made
 
 
 @pytest.fixture
@@ -182,7 +191,7 @@ def test_keeping_all_leaves_an_empty_record(name, cls, pruned):
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_global_state_is_left_alone(name, context, options, tmp_path):
-    """No library is changed, nothing is drawn from the global generator, no file is written."""
+    """No library is changed, nothing is drawn from the global generator, no file is written but in its work folder."""
     classes = {cls: dict(vars(cls)) for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, torch.nn.Module)}
     state, threads, grad = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
     network = build("UNet2DConditionModel")
@@ -190,7 +199,7 @@ def test_global_state_is_left_alone(name, context, options, tmp_path):
     assert {cls: dict(vars(cls)) for cls in classes} == classes
     assert torch.equal(torch.get_rng_state(), state)
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
-    assert not list(Path(tmp_path).iterdir())
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["work-0"]
 
 
 @pytest.mark.parametrize("name", PRUNERS)
