@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 PRUNERS = {
     "random": "exporter.pruners.random_:Random",
+    "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
