@@ -113,9 +113,8 @@ class DenseLoan:
 
         how = self.drawing
         plan = Generation(how.steps, how.guidance, how.height, self.seed, _AT_ONCE, self.form)
-        return generated(
-            self.pipeline(), self.texts(prompts), samples, plan, folder=self.folder / "data", progress=self.progress
-        )
+        texts = [""] if self.form.asked == "batch_size" else self.texts(prompts)  # those draw without being asked
+        return generated(self.pipeline(), texts, samples, plan, folder=self.folder / "data", progress=self.progress)
 
 
 def _named(prompts: str | None) -> str:

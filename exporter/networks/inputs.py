@@ -103,6 +103,11 @@ def takes_timestep_rows(cls: str) -> bool:
     return "Transformer" in cls
 
 
+def takes_timestep_as_share(cls: str) -> bool:
+    """Tell whether a denoiser takes timesteps as a share of the schedule, 0 to 1, instead of 0 to 1000."""
+    return cls == "FluxTransformer2DModel"
+
+
 def as_arguments(feeds: Mapping[str, Any]) -> dict[str, Any]:
     """Return inputs by name as the keyword arguments of a network's forward: some go into a dictionary."""
     arguments: dict[str, Any] = {}

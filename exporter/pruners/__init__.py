@@ -12,6 +12,9 @@ PRUNERS = {
     "random": "exporter.pruners.random_:Random",
     "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
+    "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
+    "taylor": "exporter.pruners.taylor:Taylor",
+    "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 

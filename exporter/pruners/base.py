@@ -160,6 +160,9 @@ class CutOptions:
             a match included.
         parts: which widths ``channels`` cuts. ``streams``, the residual streams that run through many blocks, cost
             most fidelity and are left alone unless named.
+        ranking: ``local`` keeps the ratio of each layer's width, ``global`` of all widths together, so that layers of
+            low scores give more; scores count relative to their layer's mean. Ignored by ``blocks``, which are ranked
+            together.
     """
 
     keep_ratio: float = field(metadata={"exclusiveMinimum": 0, "maximum": 1})
@@ -170,6 +173,7 @@ class CutOptions:
     parts: tuple[str, ...] = field(
         default=("channels", "heads", "neurons"), metadata={"items": {"enum": list(PARTS)}, "minItems": 1}
     )
+    ranking: Literal["local", "global"] = "local"
 
     def __post_init__(self) -> None:
         """Check what types cannot say.
@@ -185,6 +189,7 @@ class CutOptions:
         for key, value, allowed in (
             ("cut", self.cut, ("channels", "blocks")),
             ("component", self.component, get_args(Cuttable)),
+            ("ranking", self.ranking, ("local", "global")),
         ):
             if value not in allowed:
                 raise RecipeError(f"prune.{key}: got {value!r}, expected one of {', '.join(allowed)}. Choose one.")

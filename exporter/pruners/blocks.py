@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
-from exporter.errors import RecipeError
+from exporter.errors import ComponentFailed, RecipeError
 from exporter.networks.standins import stand_in
 from exporter.pruners.base import Block, CutOptions
-from exporter.pruners.protect import check_patterns, is_protected
+from exporter.pruners.protect import Protects, check_patterns, is_protected
 
 _STACKS = ("transformer_blocks", "single_transformer_blocks")
 """Stacks of whole layers that a transformer denoiser holds itself."""
@@ -36,6 +37,7 @@ def cut_blocks(network: nn.Module, options: CutOptions, score: Callable[[Block],
 
     Raises:
         RecipeError: the network has no removable block, or the ratio removes none of them.
+        ComponentFailed: a score is not a number.
     """
     if options.keep_ratio == 1.0:
         return
@@ -49,11 +51,15 @@ def cut_blocks(network: nn.Module, options: CutOptions, score: Callable[[Block],
         got = f"prune.keep_ratio: {options.keep_ratio:g} of {len(found)} blocks removes none; expected at least one."
         raise RecipeError(f"{got} Write {(len(found) - 1) / len(found):.3f} or less.")
     scores = [score(block) for block in found]
+    for block, value in zip(found, scores, strict=True):
+        if not math.isfinite(value):
+            got = f"prune: the score of block {block.path} is {value}; expected a number."
+            raise ComponentFailed(f"{got} Check the source with `exporter check`.")
     order = sorted(range(len(found)), key=lambda i: (-scores[i], i))
     remove_blocks(network, [found[i] for i in order[kept:]])
 
 
-def blocks_of(network: nn.Module, options: CutOptions) -> list[Block]:
+def blocks_of(network: nn.Module, options: Protects) -> list[Block]:
     """Return every block that `cut_blocks` would consider, in the network's order."""
     return [
         Block(path, module, tuple(_branch(module)))

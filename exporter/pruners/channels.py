@@ -23,6 +23,7 @@ from exporter.progress import Progress, task
 from exporter.pruners.attributes import head_widths, sync
 from exporter.pruners.base import CutOptions, Layer, Share
 from exporter.pruners.protect import check_patterns, is_protected
+from exporter.pruners.ranking import removals
 from exporter.pruners.trace import dependency_graph
 
 FIXED = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj", "post_quant_conv", "quant_conv")
@@ -56,7 +57,7 @@ class _Member:
 def cut_channels(
     network: nn.Module, options: CutOptions, score: Callable[[Layer], Tensor], *, progress: Progress
 ) -> None:
-    """Remove the lowest-scored units of every layer, in place, so that about `keep_ratio` of each width stays.
+    """Remove the lowest-scored units, in place, so that about `keep_ratio` of each width, or of all widths, stays.
 
     GroupNorm channels are removed evenly from every group, so that each that stays keeps its group.
 
@@ -68,6 +69,7 @@ def cut_channels(
 
     Raises:
         RecipeError: no layer can be cut by these options.
+        ComponentFailed: a score is not a number.
         SurgeryError: the graph of couplings contradicts the network's structure.
     """
     if options.keep_ratio == 1.0:
@@ -76,47 +78,19 @@ def cut_channels(
     learnable = {path: parameter.requires_grad for path, parameter in network.named_parameters()}
     widths = head_widths(network)
     cutter = _Cutter(network, options)
-    planned = [(root, layer, kept_units(layer, options)) for root, layer in cutter.layers()]
-    planned = [(root, layer, count) for root, layer, count in planned if count < layer.units]
+    found = list(cutter.layers())
+    # All scores before the first cut: a stream that shrinks must not change what its neighbours are worth.
+    removed = removals([layer for _, layer in found], options, score)
+    planned = [(root, layer, units) for (root, layer), units in zip(found, removed, strict=True) if units]
     if not planned:
         raise RecipeError(_nothing_to_cut(options))
-    # All scores before the first cut: a stream that shrinks must not change what its neighbours are worth.
-    removals = [(root, removed_units(layer, score(layer), count)) for root, layer, count in planned]
     with task(progress, "cut channels", len(planned)):
-        for (root, removed), (_, layer, _) in zip(removals, planned, strict=True):
-            cutter.remove(root, layer, removed)
+        for root, layer, units in planned:
+            cutter.remove(root, layer, units)
             progress.advance(note=layer.path)
     sync(network, widths)
     for path, parameter in network.named_parameters():
         parameter.requires_grad_(learnable[path])
-
-
-def kept_units(layer: Layer, options: CutOptions) -> int:
-    """Return how many units stay: nearest to the ratio, the larger of two, such that the width keeps the multiple.
-
-    All units when no smaller count gives a width that is a multiple of `round_to` and spreads over the norm's groups.
-    """
-    wanted = options.keep_ratio * layer.units
-    allowed = [
-        count
-        for count in range(layer.norm_groups, layer.units, layer.norm_groups)
-        if count * layer.unit_width % options.round_to == 0
-    ]
-    return min([*allowed, layer.units], key=lambda count: (abs(count - wanted), -count))
-
-
-def removed_units(layer: Layer, scores: Tensor, kept: int) -> list[int]:
-    """Return the units to remove, ascending: the lowest-scored of every norm group; of equals the later go first.
-
-    Args:
-        layer: the layer.
-        scores: (layer.units,) float, larger is kept.
-        kept: how many stay, a multiple of the layer's norm groups.
-    """
-    grouped = scores.detach().to("cpu", torch.float64).reshape(layer.norm_groups, -1)
-    order = torch.sort(grouped, dim=1, descending=True, stable=True).indices[:, kept // layer.norm_groups :]
-    offsets = torch.arange(layer.norm_groups).unsqueeze(1) * grouped.shape[1]
-    return sorted(int(unit) for unit in (order + offsets).flatten())
 
 
 def layers_of(network: nn.Module, options: CutOptions) -> list[Layer]:

@@ -43,7 +43,7 @@ def original(cls):
                 layers_per_block=1,
                 norm_num_groups=4,
                 attention_head_dim=2,
-                cross_attention_dim=16,
+                cross_attention_dim=32,  # as the pipeline of `tiny_loan` has it
             )
         elif cls == "AutoencoderKL":
             made = AutoencoderKL(
@@ -75,23 +75,43 @@ def build(cls):
 
 
 CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel")
+LITTLE = {"images": 2, "timesteps": 2}
+"""As little work as a method that takes these options can be given."""
 
 
-def context(tmp_path, seed=0):
-    return Context(torch.Generator().manual_seed(seed), Silent(), tmp_path)
+@pytest.fixture
+def context(tiny_loan, tmp_path):
+    return lambda seed=0: Context(torch.Generator().manual_seed(seed), Silent(), tmp_path, tiny_loan)
+
+
+@pytest.fixture
+def options(tiny_loan):
+    """Return the options of a method: those given, prompts where it takes some, and little work."""
+
+    def made(name, **given):
+        prompts = {"prompts": str(tiny_loan.folder.parent / "prompts.txt")}
+        return pruner(name).options(**{**{k: v for k, v in {**LITTLE, **prompts}.items() if k in known(name)}, **given})
+
+    return made
+
+
+def known(name):
+    return {field.name for field in dataclasses.fields(pruner(name).options)}
 
 
 def variants(name):
-    known = {field.name for field in dataclasses.fields(pruner(name).options)}
-    return [variant for variant in VARIANTS if set(variant) <= known] or [{}]
+    return [variant for variant in VARIANTS if set(variant) <= known(name)] or [{}]
 
 
-METHODS = [
-    name for name in PRUNERS if "keep_ratio" in {field.name for field in dataclasses.fields(pruner(name).options)}
-]
+def classes(name):
+    """What looks at the data of a denoiser prunes nothing else."""
+    return CLASSES[:1] if "prompts" in known(name) else CLASSES
+
+
+METHODS = [name for name in PRUNERS if "keep_ratio" in known(name)]
 """What a keep ratio steers; the others hold to the same in tests of their own."""
 
-CASES = [(name, variant, cls) for name in METHODS for variant in variants(name) for cls in CLASSES]
+CASES = [(name, variant, cls) for name in METHODS for variant in variants(name) for cls in classes(name)]
 each_case = pytest.mark.parametrize(
     ("name", "variant", "cls"),
     CASES,
@@ -99,12 +119,17 @@ each_case = pytest.mark.parametrize(
 )
 
 
-def pruned(name, variant, cls, tmp_path, **changes):
-    network = build(cls)
-    before = Snapshot.of(network)
-    method = pruner(name)
-    method(method.options(**{**KEEP, **variant, **changes})).prune(network, context(tmp_path))
-    return network, diff(before, network)
+@pytest.fixture
+def pruned(context, options):
+    """Return a network that a method pruned, and the record."""
+
+    def made(name, variant, cls, **changes):
+        network = build(cls)
+        before = Snapshot.of(network)
+        pruner(name)(options(name, **{**KEEP, **variant, **changes})).prune(network, context())
+        return network, diff(before, network)
+
+    return made
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -119,8 +144,8 @@ def test_the_class_documents_itself(name):
 
 
 @each_case
-def test_a_pruned_network_survives_storage_bit_for_bit(name, variant, cls, tmp_path):
-    network, surgery = pruned(name, variant, cls, tmp_path)
+def test_a_pruned_network_survives_storage_bit_for_bit(name, variant, cls, pruned, tmp_path):
+    network, surgery = pruned(name, variant, cls)
     assert not surgery.is_empty
     answers = run_probe(network)
     config = original(cls).config
@@ -135,8 +160,8 @@ def test_a_pruned_network_survives_storage_bit_for_bit(name, variant, cls, tmp_p
 
 
 @each_case
-def test_the_record_rebuilds_the_network(name, variant, cls, tmp_path):
-    network, surgery = pruned(name, variant, cls, tmp_path)
+def test_the_record_rebuilds_the_network(name, variant, cls, pruned):
+    network, surgery = pruned(name, variant, cls)
     rebuilt = build(cls)
     replay(rebuilt, Surgery.from_json(json.loads(json.dumps(surgery.to_json()))))
     assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
@@ -145,28 +170,26 @@ def test_the_record_rebuilds_the_network(name, variant, cls, tmp_path):
 
 
 @each_case
-def test_equal_seeds_give_equal_networks(name, variant, cls, tmp_path):
-    first, second = (pruned(name, variant, cls, tmp_path)[0] for _ in range(2))
+def test_equal_seeds_give_equal_networks(name, variant, cls, pruned):
+    first, second = (pruned(name, variant, cls)[0] for _ in range(2))
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("cls", CLASSES)
-def test_keeping_all_leaves_an_empty_record(name, cls, tmp_path):
+@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name in METHODS for cls in classes(name)])
+def test_keeping_all_leaves_an_empty_record(name, cls, pruned):
     for variant in variants(name):
-        network, surgery = pruned(name, variant, cls, tmp_path, keep_ratio=1.0)
+        network, surgery = pruned(name, variant, cls, keep_ratio=1.0)
         assert surgery.is_empty
         assert all(torch.equal(value, original(cls).state_dict()[key]) for key, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_global_state_is_left_alone(name, tmp_path):
+def test_global_state_is_left_alone(name, context, options, tmp_path):
     """No library is changed, nothing is drawn from the global generator, no file is written."""
     classes = {cls: dict(vars(cls)) for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, torch.nn.Module)}
     state, threads, grad = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
     network = build("UNet2DConditionModel")
-    method = pruner(name)
-    method(method.options(**KEEP)).prune(network, context(tmp_path))
+    pruner(name)(options(name, **KEEP)).prune(network, context())
     assert {cls: dict(vars(cls)) for cls in classes} == classes
     assert torch.equal(torch.get_rng_state(), state)
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
@@ -174,14 +197,13 @@ def test_global_state_is_left_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_stages_in_a_row_equal_one_record(name, tmp_path):
+def test_two_stages_in_a_row_equal_one_record(name, context, options):
     network = build("UNet2DConditionModel")
-    method = pruner(name)
     snapshot = Snapshot.of(network)
-    method(method.options(keep_ratio=0.8)).prune(network, context(tmp_path))
+    pruner(name)(options(name, keep_ratio=0.8)).prune(network, context())
     first = diff(snapshot, network)
     middle, snapshot = copy.deepcopy(network), Snapshot.of(network)
-    method(method.options(keep_ratio=0.6)).prune(network, context(tmp_path, 1))
+    pruner(name)(options(name, keep_ratio=0.6)).prune(network, context(1))
     both = first.then(diff(snapshot, network))
     rebuilt = build("UNet2DConditionModel")
     replay(rebuilt, both)

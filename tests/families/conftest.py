@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_families import PROMPTS, PRUNE, SAMPLING, write_pipeline
 
+from exporter.loan import DenseLoan
 from exporter.networks.components import FAMILIES
 from exporter.recipe import Recipe
 from exporter.report.record import RunRecord
@@ -43,6 +44,30 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return found[family]
 
     return source
+
+
+@pytest.fixture(scope="session")
+def loan_of(source_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DenseLoan]:
+    """Return a function from family to what a run lends to pruning methods; prompts lie beside its folder."""
+    from exporter.networks.source import check_source
+    from exporter.progress import Silent
+    from exporter.states import own_size
+    from exporter.transforms import make_dense
+
+    found: dict[str, DenseLoan] = {}
+
+    def loan(family: str) -> DenseLoan:
+        if family not in found:
+            folder = tmp_path_factory.mktemp(f"{family}-loan")
+            (folder / "prompts.txt").write_text(PROMPTS.get(family, "a cat\na dog\n"))
+            dense, _ = make_dense(source_of(family), check_source(source_of(family)), folder / "dense")
+            size = SAMPLING.get(family, {}).get("size") or own_size(dense.path)
+            guidance = 1.0 if FAMILIES[family].guidance == "none" else 3.0
+            sampling = {"scheduler": "source", "steps": 3, "guidance": guidance, "size": size, "batch": 2}
+            found[family] = DenseLoan(dense, sampling, "no target here", 5, folder / "loan", Silent())
+        return found[family]
+
+    return loan
 
 
 @pytest.fixture(scope="session")

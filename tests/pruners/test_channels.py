@@ -15,7 +15,8 @@ from exporter.networks.probe import run_probe
 from exporter.progress import Silent
 from exporter.pruners import channels, pruner
 from exporter.pruners.base import PARTS, CutOptions, Layer
-from exporter.pruners.channels import cut_channels, kept_units, layers_of, removed_units
+from exporter.pruners.channels import cut_channels, layers_of
+from exporter.pruners.ranking import kept_units, removed_units
 
 
 def cut(network, keep_ratio=0.5, score=None, **options):

@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from exporter.errors import RecipeError
 from exporter.progress import Silent
-from exporter.tuning.data import Generation, encoded, generated, noise_schedule
+from exporter.tuning.data import Generation, encoded, generated, noise_schedule, training_schedule
 from exporter.tuning.images import captioned_images
 
 CPU = torch.device("cpu")
@@ -80,6 +80,37 @@ def test_a_schedule_without_betas_is_refused():
     with pytest.raises(RecipeError, match="FlowMatchEulerDiscreteScheduler"):
         noise_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000})
     assert noise_schedule({"beta_schedule": "linear", "prediction_type": "v_prediction", "solver_order": 2})
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_noised_as_its_own_scheduler_does(latents, shift):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    data = dataclasses.replace(latents, scheduler=training_schedule(config), timestep_unit=1e-3)
+    noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    images, levels = torch.tensor([0, 3, 5, 5]), torch.tensor([0, 10, 500, 999])
+    batch = data.noised(images, levels, noise, device=CPU)
+    own = FlowMatchEulerDiscreteScheduler(shift=shift)
+    timesteps = own.timesteps.flip(0)[levels]
+    wanted = own.scale_noise(latents.latents[images], timesteps, noise)
+    torch.testing.assert_close(batch.feeds["sample"], wanted)
+    torch.testing.assert_close(batch.feeds["timestep"], timesteps / 1000)
+    assert batch.feeds["timestep"].tolist() == sorted(batch.feeds["timestep"].tolist())
+    # A step of the scheduler along the target, from any level down to none, must end in the clean latents.
+    sigmas = (batch.feeds["timestep"]).reshape(-1, 1, 1, 1)
+    clean = batch.feeds["sample"] - sigmas * batch.target
+    torch.testing.assert_close(clean, latents.latents[images], rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_noise_serves_every_level(latents):
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    images = torch.tensor([4, 0, 2])
+    for level in (0, 500, 999):
+        batch = latents.noised(images, torch.full((3,), level), noise, device=CPU)
+        alpha = latents.scheduler.alphas_cumprod[level]
+        wanted = alpha.sqrt() * latents.latents[images] + (1 - alpha).sqrt() * noise
+        torch.testing.assert_close(batch.feeds["sample"], wanted)
+        prompts = latents.given["encoder_hidden_states"][latents.prompt_of[images]]
+        assert torch.equal(batch.feeds["encoder_hidden_states"], prompts)
 
 
 @pytest.fixture(scope="module")
