@@ -26,6 +26,7 @@ from exporter.networks.components import Component
 from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
 from exporter.networks.source import SourceFacts
+from exporter.networks.stock import is_built_by
 from exporter.networks.storage import load_network, load_surgery, parameter_count, read_config, save_network
 from exporter.networks.surgery import Snapshot, Surgery, diff
 from exporter.networks.weights import present_names, read_headers, weight_files
@@ -122,7 +123,8 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     recipe_part = {"seed": lab.recipe.seed, "stage": stage.kind, "method": stage.method, "options": asdict(options)}
     if stage.kind == "tune" or hasattr(options, "prompts"):  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
-    if getattr(options, "asks_latency", False) and not isinstance(lab.stopwatch, str):
+    by_latency = getattr(options, "budget", "") == "latency" or hasattr(options, "latency")
+    if by_latency and not isinstance(lab.stopwatch, str):
         recipe_part |= {"target": lab.stopwatch.digest}
     key = digest_of([parent.digest, recipe_part, _versions()])
     found = reusable(final, key, lab.memo)
@@ -180,8 +182,10 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
-    _save(network, component, job, load_surgery(folder).then(surgery))
-    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **outcome.facts}
+    stock = outcome.config if outcome.config is not None and is_built_by(network, outcome.config) else None
+    _save(network, component, job, Surgery() if stock else load_surgery(folder).then(surgery), config=stock)
+    told = {"stock_config": stock is not None} if outcome.config is not None else {}
+    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
 
 
 def _edits(surgery: Surgery) -> dict[str, int]:
@@ -219,12 +223,17 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     return {"component": component.name, **facts}
 
 
-def _save(network: nn.Module, component: Component, job: _Job, surgery: Surgery) -> None:
-    """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out."""
+def _save(
+    network: nn.Module, component: Component, job: _Job, surgery: Surgery, *, config: Mapping[str, Any] | None = None
+) -> None:
+    """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out.
+
+    The config is the parent's unless another is given, which the record then starts from.
+    """
     folder = job.parent.path / component.folder
     nn.Module.to(network, _stored_dtype(folder, component.cls))  # diffusers' own cast warns about nothing
-    config = read_config(folder, component.cls)
-    save_network(network, job.folder / component.folder, surgery=surgery, original_config=config)
+    original = read_config(folder, component.cls) if config is None else config
+    save_network(network, job.folder / component.folder, surgery=surgery, original_config=original)
 
 
 def _stored_dtype(folder: Path, cls: str) -> torch.dtype:

@@ -130,5 +130,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry) for entry in value if not _is_note(entry)]
     return value if value is None or isinstance(value, str | bool | int | float) else repr(value)
+
+
+def _is_note(entry: Any) -> bool:
+    """Tell whether it is an entry of a config that its library keeps for itself: a path, or names in random order."""
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and entry[0].startswith("'_")

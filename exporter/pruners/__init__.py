@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 PRUNERS = {
     "random": "exporter.pruners.random_:Random",
+    "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
+    "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
     "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
     "taylor": "exporter.pruners.taylor:Taylor",

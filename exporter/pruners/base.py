@@ -123,9 +123,12 @@ class Outcome:
         facts: JSON values for manifest and report: scores, correlations, predicted against measured. No paths, and no
             times, so that equal runs tell the same; a method that cuts by latency, and so may cut otherwise when it is
             run again, tells the milliseconds that it went by.
+        config: a stock config that is meant to build the network as it is now. Where it does, exactly, the state is
+            saved with it and without a record of edits, so that its library loads it.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
 class Pruner(Protocol):
