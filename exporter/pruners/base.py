@@ -16,6 +16,7 @@ from exporter.progress import Progress
 if TYPE_CHECKING:  # seconds to import
     from calibration.calling import Drawing, Form
     from calibration.recording import Recording
+    from exporter.networks.schedule import Schedule
     from exporter.tuning.data import LatentData
 
 PARTS = ("channels", "heads", "neurons", "streams")
@@ -115,9 +116,11 @@ class Outcome:
     Attributes:
         facts: JSON values for manifest and report: scores, correlations, predicted against measured. No times, no
             paths: equal runs tell the same.
+        schedule: of methods that leave the network whole, what each step of the sampler computes of it.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 class Pruner(Protocol):
