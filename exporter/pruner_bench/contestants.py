@@ -57,23 +57,21 @@ class Contestant:
 
 _KEEP = Knob("keep_ratio", "keep")
 _BY_LATENCY = MappingProxyType({"budget": "latency"})
-_DATA = MappingProxyType({"images": 32})
+_DATA: Mapping[str, Any] = MappingProxyType({"images": 32})
 
 
-def _cut(name: str, method: str, kind: str = "channels", *, informed: bool = True, **options: Any) -> Contestant:
-    return Contestant(name, method, kind, {"cut": kind, **options}, _KEEP, informed)
-
-
-def _fixed(name: str, method: str, kind: str, **options: Any) -> Contestant:
-    return Contestant(name, method, kind, options)
+def _cut(
+    name: str, method: str, kind: str = "channels", *, informed: bool = True, options: Mapping[str, Any] | None = None
+) -> Contestant:
+    return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed)
 
 
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False),
     _cut("random", "random", informed=False),
     _cut("magnitude", "magnitude"),
-    _cut("taylor", "taylor", **_DATA),
-    _cut("diff-pruning", "diff-pruning", **_DATA),
+    _cut("taylor", "taylor", options=_DATA),
+    _cut("diff-pruning", "diff-pruning", options=_DATA),
     _cut("random blocks", "random", "blocks", informed=False),
     _cut("magnitude blocks", "magnitude", "blocks"),
     Contestant("laptop-diff", "laptop-diff", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")),
@@ -81,7 +79,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
         "improved-techniques", "improved-techniques", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")
     ),
     Contestant("snapfusion", "snapfusion", "blocks", dict(_DATA), Knob("latency", "relative")),
-    *(_fixed(f"bk-sdm {preset}", "bk-sdm", "blocks", preset=preset) for preset in ("base", "small", "tiny")),
+    *(Contestant(f"bk-sdm {preset}", "bk-sdm", "blocks", {"preset": preset}) for preset in ("base", "small", "tiny")),
 )
 """In the order of the table."""
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from exporter.pruners.base import Pruner
 
 PRUNERS = {
+    "deepcache": "exporter.pruners.deepcache:DeepCache",
     "random": "exporter.pruners.random_:Random",
     "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",

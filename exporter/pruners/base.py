@@ -16,6 +16,7 @@ from exporter.progress import Progress
 if TYPE_CHECKING:  # seconds to import
     from calibration.calling import Drawing, Form
     from calibration.recording import Recording
+    from exporter.networks.schedule import Schedule
     from exporter.tuning.data import LatentData
 
 PARTS = ("channels", "heads", "neurons", "streams")
@@ -125,10 +126,12 @@ class Outcome:
             run again, tells the milliseconds that it went by.
         config: a stock config that is meant to build the network as it is now. Where it does, exactly, the state is
             saved with it and without a record of edits, so that its library loads it.
+        schedule: of methods that leave the network whole, what each step of the sampler computes of it.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    schedule: Schedule | None = None
 
 
 class Pruner(Protocol):
