@@ -26,6 +26,7 @@ from exporter.networks.components import Component
 from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
 from exporter.networks.source import SourceFacts
+from exporter.networks.sparsity import Claims, carried, load_claims
 from exporter.networks.storage import load_network, load_surgery, parameter_count, read_config, save_network
 from exporter.networks.surgery import Snapshot, Surgery, diff
 from exporter.networks.weights import present_names, read_headers, weight_files
@@ -180,8 +181,10 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
-    _save(network, component, job, load_surgery(folder).then(surgery))
-    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **outcome.facts}
+    claims, lost = carried(load_claims(folder), surgery, network.state_dict())
+    _save(network, component, job, load_surgery(folder).then(surgery), {**claims, **outcome.sparsity})
+    told = {"sparsity_lost": lost} if lost else {}
+    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
 
 
 def _edits(surgery: Surgery) -> dict[str, int]:
@@ -193,10 +196,10 @@ def _edits(surgery: Surgery) -> dict[str, int]:
 
 
 def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
-    """Train the parent's denoiser towards the dense one; its shapes stay, so its surgery record does too."""
+    """Train the parent's denoiser towards the dense one; shapes and zeros stay, so its record and its claims do too."""
     component = component_named(job.parent.path, "denoiser", f"stages[{job.index}]")
     folder = job.parent.path / component.folder
-    student = load_network(folder, cls=component.cls)
+    student, claims = load_network(folder, cls=component.cls), load_claims(folder)
     before = Snapshot.of(student)
     teacher = load_pipeline(job.dense.path)
     sampling = job.lab.recipe.sampling
@@ -213,18 +216,19 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
             guidance=sampling.guidance,
             size=image_size(sampling.size, job.dense.path),
             form=form_of(job.dense.path),
+            sparsity=claims,
         ),
     )
-    _save(student, component, job, load_surgery(folder).then(diff(before, student)))
+    _save(student, component, job, load_surgery(folder).then(diff(before, student)), claims)
     return {"component": component.name, **facts}
 
 
-def _save(network: nn.Module, component: Component, job: _Job, surgery: Surgery) -> None:
+def _save(network: nn.Module, component: Component, job: _Job, surgery: Surgery, claims: Claims) -> None:
     """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out."""
     folder = job.parent.path / component.folder
     nn.Module.to(network, _stored_dtype(folder, component.cls))  # diffusers' own cast warns about nothing
     config = read_config(folder, component.cls)
-    save_network(network, job.folder / component.folder, surgery=surgery, original_config=config)
+    save_network(network, job.folder / component.folder, surgery=surgery, original_config=config, sparsity=claims)
 
 
 def _stored_dtype(folder: Path, cls: str) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,11 @@ class Outcome:
         facts: JSON values for manifest and report: scores, correlations, predicted against measured. No paths, and no
             times, so that equal runs tell the same; a method that cuts by latency, and so may cut otherwise when it is
             run again, tells the milliseconds that it went by.
+        sparsity: name of a weight -> (n, m): the zeros that the method put; see `exporter.networks.sparsity`.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Pruner(Protocol):
@@ -184,7 +186,7 @@ class CutOptions:
         if self.round_to < 1:
             raise RecipeError(f"prune.round_to: got {self.round_to}, expected a whole number of at least 1. Write 8.")
         for key, value, allowed in (
-            ("cut", self.cut, ("channels", "blocks")),
+            ("cut", self.cut, get_args(get_type_hints(type(self))["cut"])),
             ("component", self.component, get_args(Cuttable)),
             ("ranking", self.ranking, ("local", "global")),
         ):
