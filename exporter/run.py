@@ -18,19 +18,21 @@ from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state
+from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state, tokens_of
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
 from exporter.networks.components import denoiser
 from exporter.preflight import Plan, check_recipe, parse_gates
 from exporter.progress import Progress
+from exporter.pruners.base import Stopwatch
 from exporter.recipe import Recipe
 from exporter.recordings import dense_recording, export_options, resolved_sampling
 from exporter.report.formatting import measured
 from exporter.report.record import CellRecord, GateRecord, RunRecord, StateRecord, TargetRecord
 from exporter.report.writing import write_record, write_reports
-from exporter.states import pipeline_class_of
+from exporter.states import components_of, pipeline_class_of
+from exporter.stopwatch import TargetStopwatch
 from exporter.transforms import Lab, make_dense, make_state
 from exporter.unchanged import note_finished, note_started
 from targets.base import TargetError
@@ -132,10 +134,10 @@ def _carry_out(run: _Run) -> None:
     recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)
     run.used |= {DENSE, recording.folder.parent.name}
     run.shared = shared_key(run.recipe, dense, recording, environment(), run.memo)
-    lab = Lab(run.recipe, run.out, run.progress, run.memo)
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
     shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
+    lab = Lab(run.recipe, run.out, run.progress, run.memo, _stopwatch(run, dense, shop))
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
     parent = dense
     for name in run.plan.states:
@@ -161,6 +163,16 @@ def _carry_out(run: _Run) -> None:
     _save_memo(run)
     if run.found:
         run.progress.say(f"{len(run.memo.read)} of {run.memo.asked} files read again")
+
+
+def _stopwatch(run: _Run, dense: Artifact, shop: Workshop) -> Stopwatch | str:
+    """Return what methods that cut by time ask: it does nothing, and costs nothing, until then."""
+    column = next((column for column in run.plan.columns if column.target.capabilities().runs), None)
+    if column is None:
+        return "no target of the recipe can be used here"
+    part = next(part for part in components_of(dense.path) if part.role == "denoiser")
+    export = dataclasses.replace(shop.export, tokens=tokens_of(part, shop))
+    return TargetStopwatch(column, export, run.out / "work" / "stopwatch", run.progress)
 
 
 def _save_memo(run: _Run) -> None:

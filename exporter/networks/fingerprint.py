@@ -114,3 +114,26 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
             values = tuple(buffer.detach().cpu().flatten().tolist())
         found[name] = (tuple(buffer.shape), constant, values)
     return found
+
+
+def structure_of(module: nn.Module) -> list[Any]:
+    """Return all that decides what a module computes but for the values of its weights, as JSON data."""
+    return [
+        [path, type(part).__qualname__, sorted(parameter_shapes(part).items()), _plain(attributes_of(part))]
+        for path, part in module.named_modules()
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Same):
+        return getattr(value.value, "__qualname__", type(value.value).__qualname__)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value if not _is_note(entry)]
+    return value if value is None or isinstance(value, str | bool | int | float) else repr(value)
+
+
+def _is_note(entry: Any) -> bool:
+    """Tell whether it is an entry of a config that its library keeps for itself: a path, or names in random order."""
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and entry[0].startswith("'_")

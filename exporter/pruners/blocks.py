@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from diffusers import AutoencoderKL
@@ -18,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from exporter.errors import ComponentFailed, RecipeError
 from exporter.networks.standins import stand_in
 from exporter.pruners.base import Block, CutOptions
-from exporter.pruners.protect import check_patterns, is_protected
+from exporter.pruners.protect import Protects, check_patterns, is_protected
 
 _STACKS = ("transformer_blocks", "single_transformer_blocks")
 """Stacks of whole layers that a transformer denoiser holds itself."""
@@ -58,7 +59,7 @@ def cut_blocks(network: nn.Module, options: CutOptions, score: Callable[[Block],
     remove_blocks(network, [found[i] for i in order[kept:]])
 
 
-def blocks_of(network: nn.Module, options: CutOptions) -> list[Block]:
+def blocks_of(network: nn.Module, options: Protects) -> list[Block]:
     """Return every block that `cut_blocks` would consider, in the network's order."""
     return [
         Block(path, module, tuple(_branch(module)))
@@ -86,6 +87,28 @@ def remove_blocks(network: nn.Module, blocks: list[Block]) -> None:
             continue
         for index in sorted((int(block.path.rpartition(".")[2]) for block in removed), reverse=True):
             del stack[index]
+
+
+@contextmanager
+def without(network: nn.Module, blocks: list[Block]) -> Iterator[None]:
+    """Take blocks out of a network for a while; inside, it is what `remove_blocks` leaves.
+
+    The very same modules are back in their places afterwards, whatever happens.
+    """
+    slots: dict[nn.Module, dict[str, nn.Module | None]] = {}
+    for block in blocks:
+        path = block.path
+        for _ in range(3):  # a layer's stack, the stack's owner, and where that owner stands
+            path = path.rpartition(".")[0]
+            owner = network.get_submodule(path)
+            slots[owner] = dict(owner._modules)
+    try:
+        remove_blocks(network, blocks)
+        yield
+    finally:
+        for owner, before in slots.items():
+            owner._modules.clear()
+            owner._modules.update(before)
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
 
 from exporter.errors import RecipeError
+
+
+class Protects(Protocol):
+    """Options of a method that leaves some modules alone."""
+
+    @property
+    def protect(self) -> tuple[str, ...]:
+        """Module path patterns that are never touched, all below a match included."""
 
 
 def is_protected(paths: Iterable[str], patterns: tuple[str, ...]) -> bool:

@@ -71,7 +71,9 @@ class LatentData:
         """How many levels of noise there are; 0 has the least."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    def batch(self, size: int, *, dropout: float, generator: torch.Generator, device: torch.device) -> Batch:
+    def batch(
+        self, size: int, *, dropout: float, generator: torch.Generator, device: torch.device, both: bool = False
+    ) -> Batch:
         """Return noised latents at levels spread evenly over the schedule, one random level per stratum.
 
         Args:
@@ -79,12 +81,16 @@ class LatentData:
             dropout: share of prompts that become the empty prompt, so that guidance keeps working.
             generator: a CPU generator; the batch follows from its state alone, on any device.
             device: where the batch goes.
+            both: ask everything twice, without the prompts first and then with them, as guidance does; none is dropped.
         """
         images = torch.randint(len(self.latents), (size,), generator=generator)
         strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
         levels = (strata * self.levels).long().clamp_max(self.levels - 1)
         dropped = torch.rand(size, generator=generator) < dropout
         noise = torch.randn(self.latents[images].shape, generator=generator)
+        if both:
+            images, levels, noise = images.repeat(2), levels.repeat(2), torch.cat([noise, noise])
+            dropped = torch.arange(2 * size) < size
         return self.noised(images, levels, noise, dropped=dropped, device=device)
 
     def noised(

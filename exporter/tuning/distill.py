@@ -1,12 +1,15 @@
 """Distillation from the dense state: the pruned denoiser learns to answer, and to see, as the dense one does.
 
-Source: output and feature distillation as in BK-SDM (arXiv 2305.15798). Departs: features are scaled by the teacher's,
-the loss on the data itself is off by default, data comes from the dense pipeline unless images are named.
+Source: output and feature distillation as in BK-SDM (arXiv 2305.15798); features normalized as in LAPTOP-Diff
+(arXiv 2404.11098); guided answers compared as "Improved Techniques for Training Smaller and Faster Stable Diffusion"
+seems to (a reconstruction; see `exporter.tuning.losses`). Departs: the loss on the data itself is off by default, data
+comes from the dense pipeline unless images are named.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,12 +19,13 @@ from torch import nn
 
 from calibration.calling import Form
 from exporter.errors import RecipeError, ToolMissing
-from exporter.networks.components import denoiser
+from exporter.networks.components import denoiser, family
 from exporter.tuning.base import TuneContext
 from exporter.tuning.data import Generation, LatentData, encoded, generated, noise_schedule
 from exporter.tuning.images import captioned_images
 from exporter.tuning.options import GENERATED, DistillOptions
 from exporter.tuning.training import Work, distill
+from exporter.tuning.zeros import Frozen
 
 __all__ = ["Distill", "DistillOptions", "Work", "device_of", "distill"]
 
@@ -55,11 +59,14 @@ class Distill:
             ComponentFailed: the loss is no longer a number.
         """
         _check_form(teacher, context.form)
+        _check_guided(teacher, self._options.guided_share)
         device = device_of(self._options.device)
         teacher.to(device)
         data = self._data(teacher, context)
         dense = getattr(teacher, denoiser(type(teacher).__name__).folder)
-        work = Work(context.workdir, context.progress, device, context.seed)
+        # Zeros that a stage before put, and that a compiler will count on, are no weights to train.
+        zeros = partial(Frozen, names=tuple(context.sparsity)) if context.sparsity else None
+        work = Work(context.workdir, context.progress, device, context.seed, zeros)
         facts = distill(student, dense, data, self._options, work)
         return {"data": self._options.data, **facts}
 
@@ -80,6 +87,13 @@ def _check_form(teacher: DiffusionPipeline, form: Form) -> None:
     if form.asked == "class_labels":
         got = f"tune.method: distill makes its data from texts; got {type(teacher).__name__}, which draws classes."
         raise RecipeError(f"{got} Remove the stage.")
+
+
+def _check_guided(teacher: DiffusionPipeline, share: float) -> None:
+    name = type(teacher).__name__
+    if share and family(name).guidance != "rows":
+        got = f"tune.guided_share: {name} is not guided by a row without the prompt; got {share:g}, expected 0."
+        raise RecipeError(f"{got} Remove it.")
 
 
 def device_of(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

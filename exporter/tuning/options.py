@@ -27,6 +27,12 @@ class DistillOptions:
         weight_decay: of AdamW.
         output_weight: weight of the mean squared error to the teacher's answer.
         feature_weight: weight of the relative error to what the teacher's stages answer.
+        features: what that error is of: ``normalized`` divides each stage's by the teacher's mean square, so that every
+            stage counts alike (LAPTOP-Diff); ``plain`` adds them up as they are (BK-SDM).
+        guided_share: share of the forward passes whose error of the answer is that of the guided answer, which is what
+            an image is made of; 0 for families that are not guided by two rows.
+        guidance_low: lowest guidance scale of such a pass; the scale is drawn anew for every row.
+        guidance_high: highest.
         task_weight: weight of the mean squared error to what the data itself says (noise or velocity).
         ema: decay of the averaged weights that end in the student.
         prompt_dropout: share of prompts replaced by the empty one.
@@ -46,6 +52,10 @@ class DistillOptions:
     weight_decay: float = 1e-2
     output_weight: float = field(default=1.0, metadata=_WEIGHT)
     feature_weight: float = field(default=0.1, metadata=_WEIGHT)
+    features: Literal["normalized", "plain"] = "normalized"
+    guided_share: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    guidance_low: float = field(default=2.0, metadata={"minimum": 1})
+    guidance_high: float = field(default=14.0, metadata={"minimum": 1})
     task_weight: float = field(default=0.0, metadata=_WEIGHT)
     ema: float = field(default=0.99, metadata=_SHARE)
     prompt_dropout: float = field(default=0.1, metadata=_SHARE)
@@ -79,6 +89,15 @@ class DistillOptions:
                 f"tune: got output_weight, feature_weight, task_weight of {weights}, expected none below 0, one above."
             )
             raise RecipeError(f"{got} Write output_weight: 1.")
+        if self.features not in ("normalized", "plain"):
+            got = f"tune.features: got {self.features!r}, expected normalized or plain."
+            raise RecipeError(f"{got} Write normalized.")
+        if not 0 <= self.guided_share <= 1:
+            got = f"tune.guided_share: got {self.guided_share:g}, expected a number in [0, 1]."
+            raise RecipeError(f"{got} Write 0.5.")
+        if not 1 <= self.guidance_low <= self.guidance_high:
+            got = f"tune.guidance_low: got {self.guidance_low:g} with guidance_high {self.guidance_high:g}, expected"
+            raise RecipeError(f"{got} two numbers of at least 1 in order. Write guidance_low: 2, guidance_high: 14.")
         if self.data == GENERATED and self.prompts is None:
             got = "tune.prompts: missing; expected a set or file of prompts, which data: generated needs."
             raise RecipeError(

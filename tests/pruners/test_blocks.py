@@ -10,7 +10,7 @@ from exporter.errors import RecipeError
 from exporter.networks.probe import run_probe
 from exporter.networks.standins import Bypass, Shortcut
 from exporter.pruners.base import CutOptions
-from exporter.pruners.blocks import blocks_of, cut_blocks
+from exporter.pruners.blocks import blocks_of, cut_blocks, remove_blocks, without
 
 
 def cut(network, keep_ratio=0.5, score=None, **options):
@@ -124,3 +124,29 @@ def test_keeping_all_changes_nothing(network):
     layers = list(made.encoder.layers)
     cut(made, 1.0)
     assert all(a is b for a, b in zip(layers, made.encoder.layers, strict=True))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "clip"])
+def test_a_network_without_blocks_is_the_pruned_one_and_then_itself_again(network, name):
+    made, removed = network(name), network(name)
+    before = list(made.named_modules(remove_duplicate=False))
+    dense = run_probe(made)
+    chosen = blocks_of(made, CutOptions(0.5))[1:]
+    remove_blocks(removed, blocks_of(removed, CutOptions(0.5))[1:])
+    with without(made, chosen):
+        for key, value in run_probe(made).items():
+            assert torch.equal(value, run_probe(removed)[key])
+    with pytest.raises(ValueError, match="whatever happens"), without(made, chosen):
+        raise ValueError("whatever happens")
+    after = list(made.named_modules(remove_duplicate=False))
+    assert [(path, id(module)) for path, module in after] == [(path, id(module)) for path, module in before]
+    assert all(torch.equal(value, dense[key]) for key, value in run_probe(made).items())
+
+
+def test_a_stack_can_be_emptied_for_a_while(network):
+    made = network("clip")
+    everything = blocks_of(made, CutOptions(0.5))
+    stack = made.get_submodule(everything[0].path.rpartition(".")[0])
+    with without(made, everything):
+        assert not any(module is stack for module in made.modules())
+    assert [id(module) for module in stack] == [id(block.module) for block in everything]

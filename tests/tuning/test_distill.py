@@ -16,6 +16,7 @@ from exporter.progress import Silent
 from exporter.tuning import TUNERS, tuner
 from exporter.tuning.base import TuneContext
 from exporter.tuning.distill import Distill, DistillOptions, Work, device_of, distill
+from exporter.tuning.losses import guided_loss
 from exporter.tuning.training import rate_at
 
 CPU = torch.device("cpu")
@@ -202,6 +203,32 @@ def test_tune_runs_on_a_whole_pipeline(tiny_pipeline_folder, tmp_path):
     assert equal(state_of(repeated), state_of(student))
 
 
+def test_training_on_guided_answers_brings_those_closer_than_training_without(student, teacher, latents, tmp_path):
+    def guided_error(network):
+        generator = torch.Generator().manual_seed(77)
+        batch = latents.batch(12, dropout=0.0, generator=generator, device=CPU, both=True)
+        with torch.no_grad():
+            answers = [asked(**batch.feeds, return_dict=False)[0] for asked in (network, teacher)]
+        return float(guided_loss(*answers, torch.full((12,), 7.5)))
+
+    errors = {}
+    for share in (0.0, 1.0):
+        trained = copy.deepcopy(student)
+        chosen = options(steps=60, learning_rate=3e-3, ema=0.9, guided_share=share, feature_weight=0.0)
+        distill(trained, teacher, latents, chosen, work(tmp_path / str(share)))
+        errors[share] = guided_error(trained)
+    assert errors[1.0] < 0.8 * errors[0.0] < 0.8 * guided_error(student)
+
+
+def test_guided_answers_of_a_family_without_them_are_refused(tiny_pipeline_folder, tmp_path):
+    from diffusers import LatentConsistencyModelPipeline
+
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(tiny_pipeline_folder, safety_checker=None)
+    context = TuneContext(3, Silent(), tmp_path, {"some": ["a"]}.__getitem__, 2, 2.0, 64)
+    with pytest.raises(RecipeError, match=r"tune\.guided_share: LatentConsistency.*got 0\.5, expected 0\. Remove it"):
+        Distill(options(steps=1, guided_share=0.5)).tune(pipeline.unet, pipeline, context)
+
+
 @pytest.mark.parametrize("name", TUNERS)
 def test_every_method_documents_its_options(name):
     method = tuner(name)
@@ -222,6 +249,9 @@ def test_every_method_documents_its_options(name):
         ({"feature_weight": -1.0}, "feature_weight"),
         ({"prompts": None}, "prompts"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"features": "other"}, "features"),
+        ({"guided_share": 1.5}, "guided_share"),
+        ({"guidance_low": 9.0, "guidance_high": 3.0}, "guidance_low"),
     ],
 )
 def test_impossible_options(changes, word):

@@ -8,7 +8,7 @@ from torch import nn
 
 from exporter.tuning.checkpoint import digest_of_tensors, read, write
 from exporter.tuning.ema import Ema
-from exporter.tuning.losses import feature_loss, stage_outputs, stages_of
+from exporter.tuning.losses import feature_loss, guided_loss, stage_outputs, stages_of
 
 
 def test_the_average_starts_quickly_and_then_keeps_its_decay():
@@ -35,6 +35,34 @@ def test_feature_loss_is_relative_and_skips_what_differs_in_shape():
     assert float(loss) == pytest.approx(1.0)
     assert float(feature_loss(teacher, teacher)[0]) == 0.0
     assert feature_loss({}, teacher) == (None, 0)
+
+
+def test_plain_features_are_drowned_by_the_largest_stage_and_normalized_ones_are_not():
+    teacher = {"large": torch.full((1, 2, 2, 2), 10.0), "small": torch.full((1, 2, 2, 2), 0.1)}
+    without_large = {**teacher, "large": torch.zeros(1, 2, 2, 2)}
+    without_small = {**teacher, "small": torch.zeros(1, 2, 2, 2)}
+    plain = [float(feature_loss(gone, teacher, normalized=False)[0]) for gone in (without_large, without_small)]
+    assert plain == pytest.approx([100.0, 0.01])
+    even = [float(feature_loss(gone, teacher)[0]) for gone in (without_large, without_small)]
+    assert even == pytest.approx([0.5, 0.5])
+
+
+def test_the_guided_loss_is_that_of_the_guided_answers():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 6, 2, 4, 4, generator=generator)
+    scale = torch.tensor([1.0, 2.0, 7.5])
+    guided = [
+        torch.stack([rows[i] + scale[i] * (rows[3 + i] - rows[i]) for i in range(3)]) for rows in (student, teacher)
+    ]
+    wanted = [((guided[0][i] - guided[1][i]) ** 2).mean() / (w**2 + (1 - w) ** 2) for i, w in enumerate(scale)]
+    assert float(guided_loss(student, teacher, scale)) == pytest.approx(float(sum(wanted)) / 3, rel=1e-5)
+
+
+def test_errors_that_are_independent_count_the_same_at_any_scale():
+    errors = torch.randn(2000, 8, 4, 4, generator=torch.Generator().manual_seed(2))
+    for w in (1.0, 4.0, 14.0):
+        found = float(guided_loss(errors, torch.zeros_like(errors), torch.full((1000,), w)))
+        assert found == pytest.approx(1.0, abs=0.03)
 
 
 def test_every_stage_is_seen_and_no_hook_stays(teacher):

@@ -62,6 +62,20 @@ def test_a_batch_follows_from_its_generator(latents):
     assert not torch.equal(one.feeds["sample"], other.feeds["sample"])
 
 
+def test_both_asks_the_same_latents_without_and_with_their_prompts(latents):
+    def batch(**how):
+        generator = torch.Generator().manual_seed(4)
+        return latents.batch(5, dropout=0.0, generator=generator, device=torch.device("cpu"), **how)
+
+    once, both = batch(), batch(both=True)
+    for name in ("sample", "timestep"):
+        assert torch.equal(both.feeds[name], once.feeds[name].repeat(2, *[1] * (once.feeds[name].dim() - 1)))
+    without, with_prompts = both.feeds["encoder_hidden_states"].chunk(2)
+    assert torch.equal(with_prompts, once.feeds["encoder_hidden_states"])
+    assert torch.equal(without, latents.given["encoder_hidden_states"][-1:].expand_as(without))
+    assert torch.equal(both.target, once.target.repeat(2, 1, 1, 1))
+
+
 def test_a_schedule_without_betas_is_refused():
     with pytest.raises(RecipeError, match="FlowMatchEulerDiscreteScheduler"):
         noise_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000})
