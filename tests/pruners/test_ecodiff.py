@@ -14,12 +14,14 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 
 from exporter.errors import ComponentFailed, RecipeError
+from exporter.networks.probe import run_probe
 from exporter.networks.storage import load_network
-from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.surgery import Snapshot, diff, replay
 from exporter.progress import Silent
 from exporter.pruners import mask_training
-from exporter.pruners.base import Context
+from exporter.pruners.base import Context, CutOptions
 from exporter.pruners.ecodiff import EcoDiff, EcoDiffOptions, hard_concrete, open_share
+from exporter.pruners.magnitude import Magnitude
 from exporter.pruners.masks import maskables, masked_weights, remove_masked
 from exporter.pruners.trajectory import Trajectory, gradient_along, single_step
 from exporter.tuning import checkpoint
@@ -203,7 +205,7 @@ def test_a_solver_without_history_does_not_start_to_clip(tiny_pipeline_folder):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_removed_network_answers_as_the_masked_one(denoiser, seed):
+def test_the_removed_network_answers_as_the_masked_one(denoiser, context, tiny_loan, seed):
     cut = EcoDiffOptions(round_to=1).cut
     found = maskables(denoiser, cut, ("heads", "neurons"))
     masks = (random_masks(found, seed) > 0.4).float()
@@ -238,6 +240,15 @@ def test_the_removed_network_answers_as_the_masked_one(denoiser, seed):
     priced = sum(item.cost * len(units) for item, units in zip(found, gone, strict=True))
     widths = sum(found[i].scaled[0].parameter.shape[0] for i in (attention, neurons))
     assert size - sum(p.numel() for p in denoiser.parameters()) == priced + widths
+    # And another method goes on from there.
+    now = Snapshot.of(denoiser)
+    Magnitude(CutOptions(0.5)).prune(denoiser, context())
+    both = record.then(diff(now, denoiser))
+    assert set(both.stand_in) == set(emptied)
+    rebuilt = load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
+    replay(rebuilt, both)
+    rebuilt.load_state_dict(denoiser.state_dict(), strict=True)
+    assert torch.equal(run_probe(rebuilt)["out_sample"], run_probe(denoiser)["out_sample"])
 
 
 def test_units_that_do_nothing_go(small, context, prompts, tiny_loan, monkeypatch):
