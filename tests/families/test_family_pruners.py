@@ -99,6 +99,11 @@ def test_a_class_model_is_asked_for_classes(loan_of: Callable[[str], DenseLoan])
     torch.testing.assert_close(pixels, torch.as_tensor(wanted), rtol=1e-3, atol=1e-4)
 
 
+def test_a_pipeline_that_is_not_asked_needs_no_prompts(loan_of: Callable[[str], DenseLoan]) -> None:
+    loan = loan_of("DDPMPipeline")
+    assert loan.recording(None, 3).count == len(loan.data(None, 3).latents) == 3
+
+
 @each_family
 def test_a_trajectory_is_what_the_pipeline_draws(
     family: str, loan_of: Callable[[str], DenseLoan], monkeypatch: pytest.MonkeyPatch
