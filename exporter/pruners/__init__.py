@@ -17,6 +17,7 @@ PRUNERS = {
     "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
     "taylor": "exporter.pruners.taylor:Taylor",
     "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
+    "ecodiff": "exporter.pruners.ecodiff:EcoDiff",
     "wanda": "exporter.pruners.wanda:Wanda",
     "sparsegpt": "exporter.pruners.sparsegpt:SparseGPT",
     "obs-diff": "exporter.pruners.obs_diff:ObsDiff",
