@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,15 @@ class Work:
         progress: one unit per step, with the loss as note.
         device: where to train.
         seed: data order, noise, timesteps and dropped prompts follow from it and the step.
+        during: changes the student for one forward pass, undone at its end; what it draws comes from the generator,
+            which follows from the seed and the pass.
     """
 
     folder: Path
     progress: Progress
     device: torch.device
     seed: int
+    during: Callable[[nn.Module, torch.Generator], AbstractContextManager[None]] | None = None
 
 
 def distill(
@@ -111,6 +114,7 @@ class _Trainer:
         self, student: nn.Module, teacher: nn.Module, data: LatentData, options: DistillOptions, work: Work
     ) -> None:
         self._data, self._options, self._seed, device = data, options, work.seed, work.device
+        self._during = work.during or (lambda network, generator: nullcontext())
         self._accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=options.accumulate)
         if self._accelerator.device.type != device.type:
             got = f"tune.device: accelerate took {self._accelerator.device}, expected {device}."
@@ -155,9 +159,11 @@ class _Trainer:
             group["lr"] = rate_at(step, self._options)
         total = 0.0
         for part in range(self._options.accumulate):
-            batch, scale = self._drawn(step * self._options.accumulate + part)
+            number = step * self._options.accumulate + part
+            batch, scale = self._drawn(number)
             with self._accelerator.accumulate(self._online):
-                loss = self._loss(batch, scale)
+                with self._during(self._online, self._generator("during", number)):
+                    loss = self._loss(batch, scale)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._online.parameters(), self._options.clip_norm)
