@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from calibration.calling import draw
 from calibration.errors import CalibrationError
 from exporter.artifact import disk_failure
 from exporter.errors import RecipeError
 from exporter.networks.safety import attach_safety_checker
+from exporter.networks.schedule import check_guidance, read_schedule
 from exporter.runtime import check_engine, open_sessions, pipeline_of
 from exporter.sampling import drawing_of
-from exporter.states import form_of
+from exporter.states import components_of, form_of, is_guided_by_rows
 
 
 def generate_image(
@@ -32,6 +35,7 @@ def generate_image(
 
     Raises:
         RecipeError: `out` is not a PNG.
+        RecipeError: steps or guidance that the denoiser's schedule was not made for.
         ArtifactError: the engine is damaged or does not fit this machine.
     """
     if out.suffix.lower() != ".png":
@@ -42,6 +46,7 @@ def generate_image(
     sampling = facts.sampling
     chosen_steps = steps if steps is not None else int(sampling["steps"])
     chosen_guidance = guidance if guidance is not None else float(sampling["guidance"])
+    _check_schedule(engine, sampling, chosen_steps, chosen_guidance)
     drawing = drawing_of({**sampling, "steps": chosen_steps, "guidance": chosen_guidance})
     form = form_of(engine)
     try:
@@ -58,6 +63,20 @@ def generate_image(
         made + f"state {facts.state} on {facts.target} {facts.runtime}",
         *(truncation_note(getattr(pipeline, form.tokenizers[0]), prompt) if form.tokenizers else []),
     ]
+
+
+def _check_schedule(engine: Path, sampling: Mapping[str, Any], steps: int, guidance: float) -> None:
+    """Refuse other steps, or another layout of guidance, than a scheduled denoiser was made for."""
+    part = next(part for part in components_of(engine) if part.role == "denoiser")
+    schedule = read_schedule(engine / part.folder)
+    if schedule is None:
+        return
+    if steps != int(sampling["steps"]):
+        raise RecipeError(
+            f"--steps: got {steps}, expected {sampling['steps']}: {part.name} follows a schedule that was made "
+            "for this list of steps. Leave --steps out, or make a state with another."
+        )
+    check_guidance(schedule, is_guided_by_rows(engine, guidance), "--guidance")
 
 
 def truncation_note(tokenizer: object, prompt: str) -> list[str]:

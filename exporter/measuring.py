@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
+from exporter.loops import loop_of_calls, scheduled_latency
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
 from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
@@ -33,7 +34,10 @@ from exporter.metrics.machine import Mode
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import Place
 from exporter.metrics.size import memory_measurement, run_child, size_measurement
+from exporter.networks.chain import ChainSession
 from exporter.networks.components import Component
+from exporter.networks.cuts import torch_chain
+from exporter.networks.schedule import read_schedule
 from exporter.networks.storage import load_network
 from exporter.pictures import draw
 from exporter.progress import task
@@ -62,12 +66,11 @@ def measure_cell(
     Raises:
         ComponentFailed: it cannot be loaded, answers with the wrong shape, or dies.
     """
-    place = Place(state.path.name, target)
-    facts = EngineFacts.of(engine)
+    place, facts = Place(state.path.name, target), EngineFacts.of(engine)
     seconds: dict[str, float] = {}
     found: list[Measurement] = []
     evidence: dict[str, Any] = {}
-    fed: dict[str, dict[str, Array]] = {}
+    fed: dict[str, Mapping[str, Array]] = {}
     known = components_of(state.path, facts.components)
     with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
         for component in known:
@@ -83,10 +86,14 @@ def measure_cell(
         with _clock(seconds, "latency"), task(bench.progress, f"Latency {place.state} on {target}", len(known)) as told:
             for component in known:
                 name, session = component.name, sessions[component.name]
-                fed[name] = _timed_feeds(component, session, state.path, bench)
-                found += _latency(session, fed[name], facts, place.at(name), bench)
+                calls = _timed_calls(component, session, state.path, bench)
+                found += _latency(component, session, calls, facts, place.at(name), bench)
+                if isinstance(session, ChainSession):
+                    fed |= {f"{name}/{part}": feeds for part, feeds in session.fed.items()}
+                else:
+                    fed[name] = calls[0]
                 if fixed is not None:
-                    found += _shapes(component, session, fed[name], fixed, facts, place.at(name), bench)
+                    found += _shapes(component, session, calls[0], fixed, facts, place.at(name), bench)
                 evidence[name] = session.evidence().to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()
@@ -133,7 +140,9 @@ def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
 def _in_torch(state: Artifact, component: Component, bench: Bench) -> Answers | Array:
     digest = f"{component.name} {state.part_digest(component.folder)}"  # a VAE's two halves share a folder
     if digest not in bench.torch_answers:
-        network = part_of(component, load_network(state.path / component.folder, cls=component.cls))
+        folder = state.path / component.folder
+        network = part_of(component, load_network(folder, cls=component.cls))
+        schedule = read_schedule(folder) if component.role == "denoiser" else None
         names, module = signature(network), wrap(network)
 
         def answer(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -142,7 +151,8 @@ def _in_torch(state: Artifact, component: Component, bench: Bench) -> Answers | 
             outputs = found if isinstance(found, tuple) else (found,)
             return {name: value.numpy() for name, value in zip(names.outputs, outputs, strict=True)}
 
-        bench.torch_answers[digest] = _ask_component(component, answer, state.path, bench)
+        asked = answer if schedule is None else torch_chain(network, schedule)
+        bench.torch_answers[digest] = _ask_component(component, asked, state.path, bench)
     found: Answers | Array = bench.torch_answers[digest]
     return found
 
@@ -164,19 +174,30 @@ def _denoiser(component: Component, config: Mapping[str, Any], answer: Ask) -> A
 
 
 def _latency(
-    session: Session, feeds: Mapping[str, Array], facts: EngineFacts, place: Place, bench: Bench
+    component: Component,
+    session: Session,
+    calls: Sequence[Mapping[str, Array]],
+    facts: EngineFacts,
+    place: Place,
+    bench: Bench,
 ) -> list[Measurement]:
-    """Time a component on a recorded call; against the dense engine of the same target, pair by pair."""
+    """Time a component on recorded calls; against the dense engine of the same target, pair by pair."""
     timer, paired = _timer(facts, bench), bench.engines.get(place.target)
-    if paired is None:
-        return latency_measurements(timer.measure(lambda: session(feeds)), place)
-    assert place.component is not None
-    dense = open_session(paired.path / place.component, facts)
+    dense = None if paired is None else open_session(paired.path / component.name, facts)
     try:
-        pairs = timer.interleaved(lambda: session(feeds), lambda: dense(feeds))
+        if isinstance(session, ChainSession):
+            return scheduled_latency(session, calls, dense, place, timer)
+        feeds, ratio = calls[0], None
+        if dense is None:
+            latency = timer.measure(lambda: session(feeds))
+        else:
+            pairs = timer.interleaved(lambda: session(feeds), lambda: dense(feeds))
+            latency, ratio = pairs.a, pairs.ratio(DENSE)
     finally:
-        dense.close()
-    return latency_measurements(pairs.a, place, pairs.ratio(DENSE))
+        if dense is not None:
+            dense.close()
+    loop = [loop_of_calls(latency, len(calls), place, ratio)] if component.role == "denoiser" else []
+    return [*latency_measurements(latency, place, ratio), *loop]
 
 
 def _shapes(  # noqa: PLR0913 - what is timed, and where it goes
@@ -211,25 +232,30 @@ def _timer(facts: EngineFacts, bench: Bench) -> Timer:
     )
 
 
-def _timed_feeds(component: Component, session: Session, state: Path, bench: Bench) -> dict[str, Array]:
-    """Return one recorded call with exactly the rows the engine was compiled for, all of them real."""
+def _timed_calls(component: Component, session: Session, state: Path, bench: Bench) -> list[dict[str, Array]]:
+    """Return the recorded calls with exactly the rows the engine was compiled for, all of them real."""
     batch = min(bench.sampling["batch"], bench.recording.count)
-    call = next(recorded_calls(component, config_of(state / component.folder), bench.recording, range(batch)))
-    feeds = {}
-    for spec in session.inputs:
-        array = np.asarray(call.feeds[spec.name], dtype=spec.dtype)
-        if array.ndim and spec.shape[0] not in (-1, len(array)):  # fewer prompts recorded than the batch holds
-            array = np.resize(array, (spec.shape[0], *array.shape[1:]))
-        feeds[spec.name] = np.ascontiguousarray(array) if array.ndim else array
-    return feeds
+    rows = session.rows if isinstance(session, ChainSession) else -1
+    found = []
+    for call in recorded_calls(component, config_of(state / component.folder), bench.recording, range(batch)):
+        feeds = {}
+        for spec in session.inputs:
+            array = np.asarray(call.feeds[spec.name], dtype=spec.dtype)
+            wanted = max(rows, spec.shape[0]) if array.ndim else -1
+            if array.ndim and wanted not in (-1, len(array)):  # fewer prompts recorded than the batch holds
+                array = np.resize(array, (wanted, *array.shape[1:]))
+            feeds[spec.name] = np.ascontiguousarray(array) if array.ndim else array
+        found.append(feeds)
+    return found
 
 
 def _footprint(
     engine: Path, facts: EngineFacts, place: Place, fed: Mapping[str, Mapping[str, Array]]
 ) -> list[Measurement]:
     """Load the engine in a process of its own, without torch, and call it as `fed`: what it costs a device."""
-    shapes = {name: {key: array.shape for key, array in feeds.items()} for name, feeds in fed.items()}
-    folders = [str(engine / name) for name in facts.components]
+    parts = [(engine / (f"{name}{facts.ending}" if "/" in name else name), feeds) for name, feeds in fed.items()]
+    shapes = {path.name: {key: array.shape for key, array in feeds.items()} for path, feeds in parts}
+    folders = [str(path) for path, _ in parts]
     command = [sys.executable, "-m", "targets.footprint", facts.target, json.dumps(facts.options)]
     command += [json.dumps(shapes), *folders]
     child = run_child(command, timeout_s=600)

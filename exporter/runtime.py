@@ -7,7 +7,8 @@ sampler, guidance, tokenizer and image processing are diffusers' own, and measur
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,15 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 import targets
 from exporter.artifact import Artifact, open_artifact
-from exporter.errors import ArtifactError, ComponentFailed, ToolMissing
+from exporter.errors import ArtifactError, ComponentFailed, RecipeError, ToolMissing
+from exporter.networks.chain import ChainSession
 from exporter.networks.inputs import SHARED, inputs_of
 from exporter.networks.pipeline import assemble
 from exporter.networks.safety import attach_safety_checker
+from exporter.networks.schedule import Schedule, check_guidance, check_sampler, read_schedule
 from exporter.states import components_of, config_of
 from exporter.validation import options_from
-from targets.base import Session, TargetError, TargetMissing, check_feeds
+from targets.base import Session, Target, TargetError, TargetMissing, check_feeds, engine_file_of
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -62,6 +65,12 @@ class EngineFacts:
     sampling: dict[str, Any]
     state: str
     state_digest: str
+
+    @property
+    def ending(self) -> str:
+        """Of the files that its graphs are in."""
+        target = targets.target(self.target)
+        return Path(engine_file_of(target, options_from(target.options, self.options, "engine"))).suffix
 
     @classmethod
     def of(cls, artifact: Artifact) -> EngineFacts:
@@ -114,7 +123,7 @@ def open_sessions(folder: Path, facts: EngineFacts, names: tuple[str, ...] | Non
     sessions: dict[str, Session] = {}
     try:
         for name in names or facts.components:
-            sessions[name] = target.open(folder / name, options)
+            sessions[name] = _open(target, folder / name, options, facts.ending)
     except TargetMissing as error:
         close_sessions(sessions)
         raise ToolMissing(f"{folder / name}: {error}") from error
@@ -122,6 +131,22 @@ def open_sessions(folder: Path, facts: EngineFacts, names: tuple[str, ...] | Non
         close_sessions(sessions)
         raise ComponentFailed(f"{folder / name}: could not be loaded: {error}") from error
     return sessions
+
+
+def _open(target: Target, folder: Path, options: Any, ending: str) -> Session:
+    """Load what was compiled of one component: one graph, or those of its schedule as one session."""
+    schedule = read_schedule(folder)
+    if schedule is None:
+        return target.open(folder, options)
+    parts: list[Session] = []
+    try:
+        for pattern in schedule.patterns:
+            parts.append(target.open(folder / f"{pattern.name}{ending}", options))  # noqa: PERF401 - what is open is closed
+    except TargetError:
+        for part in parts:
+            part.close()
+        raise
+    return ChainSession(schedule, parts, run_batched)
 
 
 def open_session(folder: Path, facts: EngineFacts) -> Session:
@@ -177,6 +202,9 @@ def pipeline_of(folder: Path, sessions: Mapping[str, Session]) -> DiffusionPipel
             parts[component.folder] = module
     made = assemble(folder, parts)
     made.set_progress_bar_config(disable=True)
+    for part in parts.values():
+        if isinstance(part, Denoiser):
+            part.owner = weakref.ref(made)
     return made
 
 
@@ -229,7 +257,10 @@ def _array(value: Any, rank: int) -> Array:
 
 
 class Denoiser(_Engine):
-    """Stands where the pipeline expects its denoiser."""
+    """Stands where the pipeline expects its denoiser; with a schedule, only under the sampler that this is for."""
+
+    owner: Callable[[], Any] = staticmethod(lambda: None)
+    _checked: Any = None
 
     @property
     def add_embedding(self) -> Any:
@@ -244,9 +275,25 @@ class Denoiser(_Engine):
         yield
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """Predict; inputs as the network that it stands for takes them, float32."""
+        """Predict; inputs as the network that it stands for takes them, float32.
+
+        Raises:
+            RecipeError: the denoiser's schedule is for another sampler, or for guidance where there is none.
+            ComponentFailed: a call that the schedule does not have next.
+        """
+        if isinstance(self.session, ChainSession):
+            self._check(self.session.schedule)
         sample = self.answer(args, kwargs)["out_sample"]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check(self, schedule: Schedule) -> None:
+        pipeline = self.owner()
+        if pipeline is None:
+            return
+        if pipeline.scheduler is not self._checked:
+            check_sampler(schedule, pipeline.scheduler, "engine", RecipeError)
+            self._checked = pipeline.scheduler
+        check_guidance(schedule, getattr(pipeline, "do_classifier_free_guidance", schedule.guided), "engine")
 
 
 class Encoder(_Engine):

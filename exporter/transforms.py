@@ -17,15 +17,18 @@ import torch
 from torch import nn
 
 from exporter import __version__
-from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
+from exporter.artifact import Artifact, digest_of, link_file, link_tree, reusable, write_artifact
 from exporter.dense import fill_dense
 from exporter.errors import RecipeError
 from exporter.loan import DenseLoan
 from exporter.memo import FileMemo
 from exporter.networks.components import Component
+from exporter.networks.cuts import levels_of
 from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
+from exporter.networks.schedule import SCHEDULE, read_schedule, write_schedule
 from exporter.networks.source import SourceFacts
+from exporter.networks.sparsity import Claims, carried, load_claims
 from exporter.networks.stock import is_built_by
 from exporter.networks.storage import load_network, load_surgery, parameter_count, read_config, save_network
 from exporter.networks.surgery import Snapshot, Surgery, diff
@@ -121,7 +124,8 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     stage = lab.recipe.stages[index]
     options = stage_options(lab.recipe, index)
     recipe_part = {"seed": lab.recipe.seed, "stage": stage.kind, "method": stage.method, "options": asdict(options)}
-    if stage.kind == "tune" or hasattr(options, "prompts"):  # what it draws comes from the dense pipeline
+    dependent = any(hasattr(options, name) for name in ("prompts", "of_sampling"))
+    if stage.kind == "tune" or dependent:  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
     by_latency = getattr(options, "budget", "") == "latency" or getattr(options, "latency", None) is not None
     if by_latency and not isinstance(lab.stopwatch, str):
@@ -182,9 +186,17 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
+    claims, lost = carried(load_claims(folder), surgery, network.state_dict())
     stock = outcome.config if outcome.config is not None and is_built_by(network, outcome.config) else None
-    _save(network, component, job, Surgery() if stock else load_surgery(folder).then(surgery), config=stock)
-    told = {"stock_config": stock is not None} if outcome.config is not None else {}
+    told: dict[str, Any] = {"stock_config": stock is not None} if outcome.config is not None else {}
+    told |= {"sparsity_lost": lost} if lost else {}
+    if outcome.schedule is not None and surgery.is_empty:
+        for path in (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SCHEDULE):
+            link_file(path, job.folder / component.folder / path.name)
+        write_schedule(job.folder / component.folder, outcome.schedule)
+    else:
+        record = Surgery() if stock else load_surgery(folder).then(surgery)
+        _save(network, component, job, record, {**claims, **outcome.sparsity}, config=stock)
     return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
 
 
@@ -197,10 +209,10 @@ def _edits(surgery: Surgery) -> dict[str, int]:
 
 
 def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
-    """Train the parent's denoiser towards the dense one; its shapes stay, so its surgery record does too."""
+    """Train the parent's denoiser towards the dense one; shapes and zeros stay, so its record and its claims do too."""
     component = component_named(job.parent.path, "denoiser", f"stages[{job.index}]")
     folder = job.parent.path / component.folder
-    student = load_network(folder, cls=component.cls)
+    student, claims = load_network(folder, cls=component.cls), load_claims(folder)
     before = Snapshot.of(student)
     teacher = load_pipeline(job.dense.path)
     sampling = job.lab.recipe.sampling
@@ -217,14 +229,21 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
             guidance=sampling.guidance,
             size=image_size(sampling.size, job.dense.path),
             form=form_of(job.dense.path),
+            sparsity=claims,
         ),
     )
-    _save(student, component, job, load_surgery(folder).then(diff(before, student)))
+    _save(student, component, job, load_surgery(folder).then(diff(before, student)), claims)
     return {"component": component.name, **facts}
 
 
 def _save(
-    network: nn.Module, component: Component, job: _Job, surgery: Surgery, *, config: Mapping[str, Any] | None = None
+    network: nn.Module,
+    component: Component,
+    job: _Job,
+    surgery: Surgery,
+    claims: Claims,
+    *,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out.
 
@@ -233,7 +252,15 @@ def _save(
     folder = job.parent.path / component.folder
     nn.Module.to(network, _stored_dtype(folder, component.cls))  # diffusers' own cast warns about nothing
     original = read_config(folder, component.cls) if config is None else config
-    save_network(network, job.folder / component.folder, surgery=surgery, original_config=original)
+    save_network(network, job.folder / component.folder, surgery=surgery, original_config=original, sparsity=claims)
+    schedule = read_schedule(folder)
+    if schedule is not None:  # of an earlier stage: it says which levels are computed, not how wide they are
+        if levels_of(network) != schedule.levels:
+            raise RecipeError(
+                f"stages[{job.index}]: got a network of other levels than its schedule is for, expected "
+                f"{schedule.levels}. Schedule the steps after what removes levels."
+            )
+        write_schedule(job.folder / component.folder, schedule)
 
 
 def _stored_dtype(folder: Path, cls: str) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -172,8 +172,28 @@ class Target(Protocol):
             TargetError: the runtime refused the model.
         """
 
+    def join(self, parts: Sequence[Path], out: Path, options: Any) -> None:
+        """Put several compiled graphs of one network into one folder, with the weights that they share stored once.
+
+        Args:
+            parts: folders inside of `out` that `compile` filled, which go.
+            out: gets ``<name of the part><ending of the engine file>`` for each of them.
+            options: as they were compiled with.
+
+        Raises:
+            TargetError: with these options every graph holds weights of its own.
+        """
+
     def open(self, engine: Path, options: Any) -> Session:
-        """Load what `compile` wrote. Options that matter at run time (threads, precision) are honoured here."""
+        """Load what `compile` wrote: its folder, or one of the files that `join` wrote.
+
+        Options that matter at run time (threads, precision) are honoured here.
+        """
+
+
+def graph_path(engine: Path, engine_file: str) -> Path:
+    """Return the file of an engine: the one in its folder, or the engine itself where it is one of several joined."""
+    return engine if engine.is_file() else engine / engine_file
 
 
 def engine_file_of(target: Target, options: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,12 @@ from targets.base import (
     TensorSpec,
     check_feeds,
     check_threads,
+    graph_path,
     installed_version,
     place_file,
     require,
 )
+from targets.joined import join_files
 from targets.ort_format import MODEL_FILE, write_ort
 from targets.selfcontained import write_self_contained
 
@@ -143,10 +145,24 @@ class OnnxRuntime:
                 place_file(source.parent / name, out / (self.engine_file if name == source.name else name))
         self.open(out, options).close()
 
+    def join(self, parts: Sequence[Path], out: Path, options: OrtOptions) -> None:
+        """Put several compiled graphs into one folder, which read one file of weights.
+
+        Raises:
+            TargetError: the options give every graph weights of its own.
+        """
+        for key, value, wanted in (("format", options.format, "onnx"), ("weights", options.weights, "linked")):
+            if value != wanted:
+                raise TargetError(
+                    f"{_PLACE}: {key}: got {value!r}, expected {wanted!r}: the graphs of a scheduled denoiser share "
+                    f"one file of weights. Write {key}: {wanted}."
+                )
+        join_files(parts, out, self.engine_file)
+
     def open(self, engine: Path, options: OrtOptions) -> Session:
-        """Load an engine folder."""
+        """Load an engine folder, or one of the graphs that were joined in it."""
         self.check(options)
-        return _OrtSession(engine / options.engine_file, options)
+        return _OrtSession(graph_path(engine, options.engine_file), options)
 
     def open_as_written(self, path: Path) -> Session:
         """Load an ONNX file unoptimised, for a few calls: memory goes back after every operator.

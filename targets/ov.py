@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from targets.base import (
     TensorSpec,
     check_feeds,
     check_threads,
+    graph_path,
     installed_version,
     require,
 )
+from targets.joined import IR_WEIGHTS, join_ir
 
 _INSTALL = "pip install 'diffusion-exporter[openvino]'"
 _PLACE = "target openvino"
@@ -126,10 +128,16 @@ class OpenVino:
         finally:
             session.close()
 
+    def join(self, parts: Sequence[Path], out: Path, options: OvOptions) -> None:
+        """Put several compiled graphs into one folder, with one file of weights."""
+        join_ir(parts, out, self.engine_file)
+        if options.cache:
+            (out / _CACHE).mkdir()
+
     def open(self, engine: Path, options: OvOptions) -> Session:
-        """Load an engine folder."""
+        """Load an engine folder, or one of the graphs that were joined in it."""
         self.check(options)
-        return _OvSession(engine / self.engine_file, options)
+        return _OvSession(graph_path(engine, self.engine_file), options)
 
 
 class _OvSession:
@@ -240,8 +248,9 @@ def _refused(path: Path, error: Exception) -> TargetError:
 
 
 def _read(path: Path) -> Any:
+    own = path.with_suffix(".bin")
     try:
-        return _core().read_model(path)
+        return _core().read_model(path, own if own.exists() else path.with_name(IR_WEIGHTS))
     except RuntimeError as error:
         raise _refused(path, error) from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import targets
 from calibration.recording import Recording
@@ -25,10 +25,16 @@ from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
+from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
 from targets.base import Target, TargetError, TargetMissing, engine_file_of
 from targets.build import raise_told
+
+if TYPE_CHECKING:  # seconds to import
+    from torch import nn
+
+    from exporter.lowering.stored import StoredWeights
 
 PARITY_CALLS = 5
 """Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
@@ -176,11 +182,17 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         from exporter.lowering.parity import compare_answers, torch_answers
         from exporter.lowering.stored import stored_weights
         from exporter.lowering.wrappers import part_of
+        from exporter.lowering.zeros import check_zeros
+        from exporter.networks.sparsity import load_claims
         from exporter.networks.storage import load_network, open_bare
 
         source, name = state.path / component.folder, component.name
         bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
+        schedule = read_schedule(source) if component.role == "denoiser" else None
+        if schedule is not None:
+            return _export_scheduled(component, (bare, weights, schedule), source, out, options, shop)
         export_component(name, part_of(component, bare), out, options, weights=weights)
+        zeros = check_zeros(out / "model.onnx", load_claims(source), name)
         started = time.monotonic()
         calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
         feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
@@ -188,9 +200,30 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
         parity = compare_answers(name, wanted, out / "model.onnx", feeds)
         shop.took("parity", time.monotonic() - started)
-        return {"component": name, "parity": parity}
+        return {"component": name, "parity": parity, "zeros": zeros}
 
     return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
+
+
+def _export_scheduled(
+    component: Component,
+    parts: tuple[nn.Module, StoredWeights, Schedule],
+    source: Path,
+    out: Path,
+    options: ExportOptions,
+    shop: Workshop,
+) -> Mapping[str, Any]:
+    """Export every pattern of a schedule; `parts` are the network without weights, where these lie, the schedule."""
+    from exporter.lowering.scheduled import check_patterns, export_patterns  # seconds to import
+    from exporter.networks.storage import load_network
+
+    bare, weights, schedule = parts
+    export_patterns(component, bare, weights, schedule, out, options)
+    started = time.monotonic()
+    network, rows = load_network(source, cls=component.cls), range(shop.sampling["batch"])
+    parity = check_patterns(component, network, schedule, shop.recording, out, rows, PARITY_CALLS)
+    shop.took("parity", time.monotonic() - started)
+    return {"component": component.name, "parity": parity}
 
 
 def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
@@ -200,8 +233,13 @@ def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artif
     folder = f"{target.type}-{name}-{key[:16]}"
 
     def build(out: Path) -> Mapping[str, Any]:
+        graphs = sorted(onnx.path.glob("pattern-*.onnx"))
         try:
-            shop.peak_mib = max(shop.peak_mib, compile_apart(column, onnx.path / "model.onnx", out))
+            if graphs:
+                peak_mib = _compile_joined(graphs, out, column)
+            else:
+                peak_mib = compile_apart(column, onnx.path / "model.onnx", out)
+            shop.peak_mib = max(shop.peak_mib, peak_mib)
         except TargetMissing as error:
             raise ToolMissing(f"target {column.name}: {error}") from error
         except (TargetError, ComponentFailed) as error:
@@ -210,6 +248,24 @@ def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artif
 
     title = f"Compile {name} for {column.name}"
     return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title)
+
+
+def _compile_joined(graphs: list[Path], out: Path, column: Column) -> float:
+    """Compile the graphs of one network, and let the target put them together with one file of weights.
+
+    Returns:
+        The most memory that a compiling process had, in MiB.
+    """
+    join = getattr(column.target, "join", None)
+    if join is None:
+        raise TargetError("it cannot run the several graphs of a schedule. Choose openvino or onnxruntime.")
+    parts = [out / graph.stem for graph in graphs]
+    peaks = []
+    for graph, part in zip(graphs, parts, strict=True):
+        part.mkdir()
+        peaks.append(compile_apart(column, graph, part))
+    join(parts, out, column.options)
+    return max(peaks)
 
 
 def compile_apart(column: Column, source: Path, out: Path) -> float:

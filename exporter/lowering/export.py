@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +20,16 @@ from exporter import __version__
 from exporter.errors import ComponentFailed
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.simplify import simplify
-from exporter.lowering.stored import Held, StoredWeights, give_values, write_pointing
+from exporter.lowering.stored import INLINE, Held, StoredWeights, give_values, write_pointing
 from exporter.lowering.tidy import tidy, unused_initializers
 from exporter.lowering.wrappers import Signature, Sizes, example_feeds, signature, wrap
+from exporter.networks.cuts import Cut
 from exporter.progress import Progress, Silent, task
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 _PREFIX = "net."
+_SHARED_INLINE = 4096  # bytes; what several graphs of one network may each hold of a tensor
 _SMALL = 1024  # bytes; tensors below stay in the graph, where runtimes fold them
 _OPSETS = range(18, 24)
 
@@ -42,6 +45,8 @@ def export_component(
 ) -> None:
     """Write ``out/model.onnx`` and, where the weights are large, files that it points into beside it.
 
+    A `Cut` of a U-Net becomes ``out/<its pattern>.onnx``, which points into the state's own files however small.
+
     Args:
         component: its name, for messages and as the graph's name.
         module: the network, pruned or not; unchanged afterwards.
@@ -55,7 +60,14 @@ def export_component(
         ComponentFailed: torch cannot export the network, or the result is not valid ONNX.
         SourceError: a network of an unknown class.
     """
-    names = signature(module)
+    names, cut = signature(module), module if isinstance(module, Cut) else None
+    if cut is not None:  # graphs that share one file of weights: none of them holds any but small ones
+        options = replace(options, external_bytes=0)
+        if options.dynamic:
+            raise ComponentFailed(
+                f"{component}: a schedule's graphs have fixed shapes; got shapes that are open. Leave shapes and "
+                "export.dynamic out of the recipe."
+            )
     if options.opset not in _OPSETS:
         raise ComponentFailed(
             f"{component}: opset: got {options.opset}, expected {_OPSETS[0]} to {_OPSETS[-1]}. Write opset: 20."
@@ -65,16 +77,19 @@ def export_component(
         model = cast("ir.Model", program.model)
         held = Held()
         if weights is not None:
-            held = give_values(model, weights, prefix=_PREFIX, external_bytes=options.external_bytes)
+            inline = INLINE if cut is None else _SHARED_INLINE
+            held = give_values(model, weights, prefix=_PREFIX, external_bytes=options.external_bytes, inline=inline)
         shown.advance(note="traced")
         with _quiet("onnx_ir"):  # it names every weight that has no value yet
             simplify(model)  # folds transposed weights that are in memory, so that quantizers see them as weights
-        tidy(model, prefix=_PREFIX, weights={name: tensor.numel() for name, tensor in module.state_dict().items()})
+        named = (cut.net if cut is not None else module).state_dict()
+        tidy(model, prefix=_PREFIX, weights={name: tensor.numel() for name, tensor in named.items()})
         _sign(model, component, weights.digest if weights is not None else weights_digest(module))
         if options.dynamic:
             _name_axes(model, names)
         shown.advance(note="tidied")
-        _write(model, component, out, options, held)
+        path = out / (MODEL_FILE if cut is None else f"{cut.pattern.name}.onnx")
+        _write(model, component, path, options, held, whole=cut is not None)
         shown.advance()
 
 
@@ -213,13 +228,14 @@ def _name_axes(model: ir.Model, names: Signature) -> None:
                 value.shape = None
 
 
-def _write(model: ir.Model, component: str, out: Path, options: ExportOptions, held: Held) -> None:
+def _write(
+    model: ir.Model, component: str, path: Path, options: ExportOptions, held: Held, *, whole: bool = False
+) -> None:
     unused = unused_initializers(model)
     if unused:
         raise ComponentFailed(f"{component}: weights that nothing uses; got {unused[:5]}. This is a bug: report it.")
-    path = out / MODEL_FILE
     if held.values:
-        write_pointing(model, path, held)
+        write_pointing(model, path, held, whole=whole)
     else:
         values = (value.const_value for value in model.graph.initializers.values())
         size = sum(value.nbytes for value in values if value is not None)

@@ -12,12 +12,19 @@ from exporter.errors import ArtifactError, ComponentFailed
 from exporter.networks.components import NETWORK_CLASSES, family, present_components, present_tokenizers
 from exporter.networks.pipeline import MODEL_INDEX, load_scheduler, named_class
 from exporter.networks.safety import INDEX_ENTRIES, SAFETY_PARTS, has_safety_checker
+from exporter.networks.schedule import SCHEDULE
 from exporter.networks.weights import read_object
 from exporter.sampling import use_scheduler
 
 _PATHS = ("_name_or_path", "name_or_path")
 """Keys under which libraries keep the folder that something was loaded from."""
 _SCHEDULER = "scheduler"
+_NOTE = "README.txt"
+_SCHEDULED = """\
+This denoiser is several graphs that share one file of weights. schedule.json says which of them answers at which step
+of which sampler, and what each takes from an earlier step. `exporter generate` and `exporter.runtime.load` carry that
+out. Loaders of other packages, optimum's among them, cannot: they look for one graph and find none.
+"""
 
 
 def write_layout(
@@ -25,7 +32,8 @@ def write_layout(
 ) -> None:
     """Complete a folder that holds the compiled components, each in a sub-folder of its name.
 
-    The result loads with ``ORTStableDiffusionPipeline`` or ``OVStableDiffusionPipeline``, whichever fits the target.
+    The result loads with ``ORTStableDiffusionPipeline`` or ``OVStableDiffusionPipeline``, whichever fits the target;
+    with a denoiser whose steps follow a schedule, with `exporter.runtime.load` only, which a file beside it says.
 
     Args:
         state: folder of the state that was lowered: `model_index.json`, configs, tokenizer, scheduler.
@@ -43,7 +51,10 @@ def write_layout(
     entries, tokenizers = present_components(name, index, requested), present_tokenizers(name, index)
     for entry in entries:
         place = folder / entry.name
-        if not (place / engine_file).exists():
+        if (state / entry.folder / SCHEDULE).exists():
+            link_file(state / entry.folder / SCHEDULE, place / SCHEDULE)
+            (place / _NOTE).write_text(_SCHEDULED, encoding="utf-8")
+        elif not (place / engine_file).exists():
             raise ComponentFailed(f"{place}: not compiled; expected {engine_file} in it. Compile it again.")
         config = read_object(state / entry.folder / "config.json", ArtifactError)
         _write(place / "config.json", _portable(config))

@@ -36,7 +36,7 @@ _TYPES: Mapping[str, tuple[ir.DataType, torch.dtype]] = MappingProxyType(
         "I64": (ir.DataType.INT64, torch.int64),
     }
 )
-_INLINE = 65_536  # bytes; norms and biases, which the export reshapes and folds, are no reason for a file
+INLINE = 65_536  # bytes; norms and biases, which the export reshapes and folds, are no reason for a file
 _SHARE = 0.9
 
 
@@ -114,7 +114,9 @@ def stored_weights(bare: Bare, digest: str) -> tuple[nn.Module, StoredWeights]:
     return module.eval(), StoredWeights(tensors, constants, digest)
 
 
-def give_values(model: ir.Model, weights: StoredWeights, *, prefix: str, external_bytes: int) -> Held:
+def give_values(
+    model: ir.Model, weights: StoredWeights, *, prefix: str, external_bytes: int, inline: int = INLINE
+) -> Held:
     """Give the initializers of a graph that was traced without values their values.
 
     Args:
@@ -122,6 +124,7 @@ def give_values(model: ir.Model, weights: StoredWeights, *, prefix: str, externa
         weights: of the network.
         prefix: what the wrapper put before every name.
         external_bytes: up to this many bytes in all, every weight is read into the graph.
+        inline: beyond that, weights of up to this many bytes.
 
     Raises:
         ComponentFailed: an initializer that is neither a weight nor a constant.
@@ -131,7 +134,7 @@ def give_values(model: ir.Model, weights: StoredWeights, *, prefix: str, externa
     whole = sum(_float32_bytes(item) for item in stored.values()) <= external_bytes
     held = {}
     for name, value in found.items():
-        if name in stored and not whole and stored[name].length > _INLINE:
+        if name in stored and not whole and stored[name].length > inline:
             value.const_value = None
             held[value] = stored[name]
         elif name in stored:
@@ -146,7 +149,7 @@ def give_values(model: ir.Model, weights: StoredWeights, *, prefix: str, externa
     return Held(held, sum(item.length for item in set(stored.values())))
 
 
-def write_pointing(model: ir.Model, path: Path, held: Held) -> None:
+def write_pointing(model: ir.Model, path: Path, held: Held, *, whole: bool = False) -> None:
     """Write a graph whose held-back weights stay in the state's files, which are linked beside it.
 
     Where the graph uses only part of those files, as a decoder does of its VAE, its part is copied into
@@ -156,14 +159,16 @@ def write_pointing(model: ir.Model, path: Path, held: Held) -> None:
         model: tidied.
         path: the ONNX file to write, in an existing folder.
         held: from `give_values`.
+        whole: link those files however little of them the graph uses; it may stand beside others that use them.
     """
     used = {value: stored for value, stored in held.values.items() if value.is_initializer() and value.uses()}
     files = sorted({stored.file for stored in used.values()})
-    linked = held.used_bytes >= _SHARE * sum(file.stat().st_size for file in files)
+    linked = whole or held.used_bytes >= _SHARE * sum(file.stat().st_size for file in files)
     folder = path.parent if linked else path.parent / "pointing"
     folder.mkdir(exist_ok=True)
     for file in files:
-        link_file(file, folder / file.name)
+        if not (folder / file.name).exists():
+            link_file(file, folder / file.name)
     for value, stored in used.items():
         _point(model.graph, value, stored, folder)
     ir.save(model, folder / path.name)

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from exporter.networks.chain import ANSWER, cache_input
 from exporter.networks.components import Component
+from exporter.networks.cuts import Cut, cut_shapes, outputs_of
 from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
 
@@ -170,6 +172,9 @@ def signature(module: nn.Module) -> Signature:
     Raises:
         SourceError: a network of an unknown class.
     """
+    if isinstance(module, Cut):  # of fixed shapes only
+        takes = (cache_input(cut) for cut in module.pattern.takes)
+        return Signature((*module.names, *takes), (ANSWER, *outputs_of(module.pattern)), {})
     inputs = _inputs(module)
     wrapper = _WRAPPERS.get(type(module).__name__, DenoiserForward)
     if wrapper is DecoderForward:
@@ -232,6 +237,8 @@ def wrap(module: nn.Module) -> nn.Module:
     Raises:
         SourceError: a network of an unknown class.
     """
+    if isinstance(module, Cut):
+        return module
     _inputs(module)
     return _WRAPPERS.get(type(module).__name__, DenoiserForward)(module)
 
@@ -246,6 +253,10 @@ def example_feeds(module: nn.Module, sizes: Sizes) -> tuple[Tensor, ...]:
     Raises:
         SourceError: a network of an unknown class.
     """
+    if isinstance(module, Cut):
+        given = example_feeds(module.net, sizes)
+        shapes = cut_shapes(module.net, dict(zip(module.names, given, strict=True))) if module.pattern.takes else {}
+        return (*given, *(torch.zeros(shapes[cut]).to(given[0]) for cut in module.pattern.takes))
     names = _inputs(module)
     found = example_inputs(module, batch=sizes.rows, size=sizes.latent, tokens=sizes.tokens)
     if "timestep" in found:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from exporter.pruners.base import Pruner
 
 PRUNERS = {
+    "deepcache": "exporter.pruners.deepcache:DeepCache",
     "random": "exporter.pruners.random_:Random",
     "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
@@ -17,6 +18,9 @@ PRUNERS = {
     "snapfusion": "exporter.pruners.snapfusion:SnapFusion",
     "taylor": "exporter.pruners.taylor:Taylor",
     "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
+    "wanda": "exporter.pruners.wanda:Wanda",
+    "sparsegpt": "exporter.pruners.sparsegpt:SparseGPT",
+    "obs-diff": "exporter.pruners.obs_diff:ObsDiff",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 

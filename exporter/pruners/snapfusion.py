@@ -226,7 +226,7 @@ class SnapFusion:
             prompts=options.prompts,
             samples=options.samples,
         )
-        work = Work(context.workdir / "robust", context.progress, device_of("auto"), seed, dropping)
+        work = Work(context.workdir / "robust", context.progress, device_of("auto"), seed, during=dropping)
         told = distill(network, teacher, data, chosen, work)
         return {name: told[name] for name in ("steps", "error_before", "error_after", "loss")}
 

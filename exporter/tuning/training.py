@@ -23,6 +23,7 @@ from exporter.tuning.data import Batch, LatentData
 from exporter.tuning.ema import Ema
 from exporter.tuning.losses import feature_loss, guided_loss, stage_outputs
 from exporter.tuning.options import DistillOptions
+from exporter.tuning.zeros import Dense, Zeros
 
 CURVE_POINTS = 60
 _EXAM = (4, 8)
@@ -38,6 +39,7 @@ class Work:
         progress: one unit per step, with the loss as note.
         device: where to train.
         seed: data order, noise, timesteps and dropped prompts follow from it and the step.
+        zeros: makes, of the copy that is trained, what looks after its zeros; None where it may become dense.
         during: changes the student for one forward pass, undone at its end; what it draws comes from the generator,
             which follows from the seed and the pass.
     """
@@ -46,6 +48,7 @@ class Work:
     progress: Progress
     device: torch.device
     seed: int
+    zeros: Callable[[nn.Module], Zeros] | None = None
     during: Callable[[nn.Module, torch.Generator], AbstractContextManager[None]] | None = None
 
 
@@ -77,7 +80,7 @@ def distill(
     path = work.folder / "checkpoint.safetensors"
     key = _key(student, teacher, data, options, work.seed)
     with trainer.watching():
-        before = trainer.error_of(student)
+        before = trainer.error_before()
         matched = trainer.matched_stages()
         start = trainer.resume(read(path, key=key))
         with task(work.progress, "distill", options.steps):
@@ -128,6 +131,7 @@ class _Trainer:
         )
         self._online, self._optimizer = self._accelerator.prepare(online, self._inner)
         self._teacher = teacher
+        self._zeros: Zeros = work.zeros(online) if work.zeros is not None else Dense()
         self.ema = Ema(online, options.ema)
         self.history = torch.zeros(options.steps, dtype=torch.float64)
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -158,6 +162,7 @@ class _Trainer:
         for group in self._inner.param_groups:
             group["lr"] = rate_at(step, self._options)
         total = 0.0
+        self._zeros.enter(step)
         for part in range(self._options.accumulate):
             number = step * self._options.accumulate + part
             batch, scale = self._drawn(number)
@@ -166,6 +171,7 @@ class _Trainer:
                     loss = self._loss(batch, scale)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
+                    self._zeros.gradients()
                     self._accelerator.clip_grad_norm_(self._online.parameters(), self._options.clip_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
@@ -174,6 +180,7 @@ class _Trainer:
             got = f"tune: the loss of step {step + 1} is {total}; expected a number."
             raise ComponentFailed(f"{got} Lower tune.learning_rate, or write precision: float32.")
         self.ema.update(self._online, step)
+        self._zeros.leave(self.ema.weights)
         self.history[step] = total
         return total
 
@@ -218,6 +225,13 @@ class _Trainer:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._options.precision == "bfloat16"):
             answer: Tensor = network(**batch.feeds, return_dict=False)[0]
         return answer.float()
+
+    def error_before(self) -> float:
+        """Return `error_of` the student as it is first trained: with its zeros."""
+        self._zeros.enter(0)
+        error = self.error_of(self._online)
+        self._zeros.release()
+        return error
 
     @torch.no_grad()
     def error_of(self, network: nn.Module) -> float:

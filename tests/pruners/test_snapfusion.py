@@ -166,7 +166,7 @@ def test_what_drops_out_of_every_step_is_not_trained(dense, tiny_loan, tmp_path)
     network = copy.deepcopy(dense)
     options = DistillOptions(steps=3, batch=2, feature_weight=0.0, task_weight=1.0, prompts="none")
     dropping = lambda student, generator: without(student, blocks_of(student, CutOptions(0.5))[:4])  # noqa: E731
-    distill(network, dense, data, options, Work(tmp_path, Silent(), torch.device("cpu"), 1, dropping))
+    distill(network, dense, data, options, Work(tmp_path, Silent(), torch.device("cpu"), 1, during=dropping))
     still = {name: torch.equal(value, dense.get_parameter(name)) for name, value in network.named_parameters()}
     gone = [f"{block.path}.{name}" for block in blocks_of(dense, CutOptions(0.5))[:4] for name, _ in block.branch]
     assert all(still[name] for name in gone)

@@ -1,0 +1,102 @@
+"""Who takes part in the bench: each method's options, and the one key that makes its networks faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+FEWER_STEPS = "fewer-steps"
+"""The baseline that prunes nothing: the plain sampler with fewer steps."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The option that decides how fast a method's networks are.
+
+    Attributes:
+        key: name of the option.
+        meaning: ``keep``: a ratio whose latency has to be searched for. ``latency``: the method takes the fraction of
+            dense's latency itself. ``relative``: the same, written as ``0.5 * dense``.
+        low: smallest value that is tried.
+    """
+
+    key: str
+    meaning: str
+    low: float = 0.1
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One line of the table, at each latency that is asked for.
+
+    Attributes:
+        name: of the line.
+        method: a pruner, or `FEWER_STEPS`.
+        options: the recipe's keys of the stage besides the knob.
+        knob: None for a method of one size, which has one line whatever latency is asked for.
+        informed: whether it looks at weights or data; it then has to beat `random` of the same kind.
+        kind: what it removes; lines of one kind are compared with that kind's random one.
+    """
+
+    name: str
+    method: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    knob: Knob | None = None
+    informed: bool = True
+
+    def stage(self, value: float | None) -> dict[str, Any]:
+        """Return the recipe's stage at a value of the knob."""
+        given = dict(self.options)
+        if self.knob is not None and value is not None:
+            given[self.knob.key] = f"{value:.4g} * dense" if self.knob.meaning == "relative" else round(value, 4)
+        return {"prune": {"method": self.method, **given}}
+
+
+_KEEP = Knob("keep_ratio", "keep")
+_BY_LATENCY = MappingProxyType({"budget": "latency"})
+_DATA: Mapping[str, Any] = MappingProxyType({"images": 32})
+
+
+def _cut(
+    name: str, method: str, kind: str = "channels", *, informed: bool = True, options: Mapping[str, Any] | None = None
+) -> Contestant:
+    return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed)
+
+
+CONTESTANTS: tuple[Contestant, ...] = (
+    Contestant(FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False),
+    _cut("random", "random", informed=False),
+    _cut("magnitude", "magnitude"),
+    _cut("taylor", "taylor", options=_DATA),
+    _cut("diff-pruning", "diff-pruning", options=_DATA),
+    _cut("random blocks", "random", "blocks", informed=False),
+    _cut("magnitude blocks", "magnitude", "blocks"),
+    Contestant("laptop-diff", "laptop-diff", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")),
+    Contestant(
+        "improved-techniques", "improved-techniques", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")
+    ),
+    Contestant("snapfusion", "snapfusion", "blocks", dict(_DATA), Knob("latency", "relative")),
+    *(Contestant(f"bk-sdm {preset}", "bk-sdm", "blocks", {"preset": preset}) for preset in ("base", "small", "tiny")),
+)
+"""In the order of the table."""
+
+
+def chosen(names: tuple[str, ...] | None) -> tuple[Contestant, ...]:
+    """Return the contestants of these names, in the order of the table; all for None.
+
+    Raises:
+        RecipeError: there is none of a name.
+    """
+    if names is None:
+        return CONTESTANTS
+    known = {contestant.name: contestant for contestant in CONTESTANTS}
+    for name in names:
+        if name not in known:
+            from exporter.errors import RecipeError
+            from exporter.validation import hint, one_of
+
+            raise RecipeError(f"bench pruners: got '{name}', expected {one_of(known)}." + hint(name, known))
+    return tuple(contestant for contestant in CONTESTANTS if contestant.name in names)
