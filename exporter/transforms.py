@@ -127,7 +127,7 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     dependent = any(hasattr(options, name) for name in ("prompts", "of_sampling"))
     if stage.kind == "tune" or dependent:  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
-    by_latency = getattr(options, "budget", "") == "latency" or hasattr(options, "latency")
+    by_latency = getattr(options, "budget", "") == "latency" or getattr(options, "latency", None) is not None
     if by_latency and not isinstance(lab.stopwatch, str):
         recipe_part |= {"target": lab.stopwatch.digest}
     key = digest_of([parent.digest, recipe_part, _versions()])

@@ -15,6 +15,7 @@ PRUNERS = {
     "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
     "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
+    "snapfusion": "exporter.pruners.snapfusion:SnapFusion",
     "taylor": "exporter.pruners.taylor:Taylor",
     "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
     "ecodiff": "exporter.pruners.ecodiff:EcoDiff",
