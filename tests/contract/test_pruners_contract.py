@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from exporter.errors import RecipeError
 from exporter.networks.probe import run_probe
 from exporter.networks.storage import load_network, load_surgery, save_network
 from exporter.networks.surgery import Snapshot, Surgery, diff, replay
@@ -86,7 +87,9 @@ def variants(name):
     return [variant for variant in VARIANTS if set(variant) <= known] or [{}]
 
 
-CASES = [(name, variant, cls) for name in PRUNERS for variant in variants(name) for cls in CLASSES]
+SCHEDULING = [name for name in PRUNERS if hasattr(pruner(name).options, "of_sampling")]
+CUTTING = [name for name in PRUNERS if name not in SCHEDULING]
+CASES = [(name, variant, cls) for name in CUTTING for variant in variants(name) for cls in CLASSES]
 each_case = pytest.mark.parametrize(
     ("name", "variant", "cls"),
     CASES,
@@ -145,7 +148,7 @@ def test_equal_seeds_give_equal_networks(name, variant, cls, tmp_path):
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", CUTTING)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_keeping_all_leaves_an_empty_record(name, cls, tmp_path):
     for variant in variants(name):
@@ -154,7 +157,7 @@ def test_keeping_all_leaves_an_empty_record(name, cls, tmp_path):
         assert all(torch.equal(value, original(cls).state_dict()[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", CUTTING)
 def test_global_state_is_left_alone(name, tmp_path):
     """No library is changed, nothing is drawn from the global generator, no file is written."""
     classes = {cls: dict(vars(cls)) for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, torch.nn.Module)}
@@ -168,7 +171,7 @@ def test_global_state_is_left_alone(name, tmp_path):
     assert not list(Path(tmp_path).iterdir())
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", CUTTING)
 def test_two_stages_in_a_row_equal_one_record(name, tmp_path):
     network = build("UNet2DConditionModel")
     method = pruner(name)
@@ -183,3 +186,37 @@ def test_two_stages_in_a_row_equal_one_record(name, tmp_path):
     rebuilt.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(run_probe(rebuilt)["out_sample"], run_probe(network)["out_sample"])
     assert sum(p.numel() for p in network.parameters()) < sum(p.numel() for p in middle.parameters())
+
+
+@pytest.mark.parametrize("name", SCHEDULING)
+def test_a_method_that_schedules_steps_leaves_network_and_library_as_they_are(name, tiny_loan, tmp_path):
+    network = load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
+    before, classes = Snapshot.of(network), {cls: dict(vars(cls)) for cls in (UNet2DConditionModel, torch.nn.Module)}
+    weights, answers = copy.deepcopy(network.state_dict()), run_probe(network)
+    state = torch.get_rng_state()
+    method, given = (
+        pruner(name),
+        {"prompts": str(tiny_loan.folder.parent / "prompts.txt"), "images": 1, "iterations": 1},
+    )
+    known = {field.name for field in dataclasses.fields(method.options)}
+    options = method.options(**{key: value for key, value in given.items() if key in known})
+    found = [
+        method(options).prune(network, Context(torch.Generator().manual_seed(0), Silent(), tmp_path, tiny_loan))
+        for _ in range(2)
+    ]
+    assert diff(before, network).is_empty
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert torch.equal(run_probe(network)["out_sample"], answers["out_sample"])
+    assert found[0] == found[1]
+    assert found[0].schedule is not None
+    assert json.loads(json.dumps(found[0].facts)) == found[0].facts
+
+
+@pytest.mark.parametrize("name", SCHEDULING)
+@pytest.mark.parametrize("cls", ["AutoencoderKL", "CLIPTextModel"])
+def test_a_method_that_schedules_steps_says_which_networks_it_is_for(name, cls, tiny_loan, tmp_path):
+    lent = Context(torch.Generator(), Silent(), tmp_path, tiny_loan)
+    with pytest.raises(RecipeError, match=f"schedules of steps are for U-Nets; got {cls}"):
+        pruner(name)(pruner(name).options()).prune(build(cls), lent)
