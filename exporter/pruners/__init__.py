@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 PRUNERS = {
     "deepcache": "exporter.pruners.deepcache:DeepCache",
+    "dip-go": "exporter.pruners.dip_go:DipGo",
     "random": "exporter.pruners.random_:Random",
     "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
