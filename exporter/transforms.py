@@ -28,6 +28,7 @@ from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
 from exporter.networks.schedule import SCHEDULE, read_schedule, write_schedule
 from exporter.networks.source import SourceFacts
+from exporter.networks.sparsity import Claims, carried, load_claims
 from exporter.networks.stock import is_built_by
 from exporter.networks.storage import load_network, load_surgery, parameter_count, read_config, save_network
 from exporter.networks.surgery import Snapshot, Surgery, diff
@@ -186,13 +187,16 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
     stock = outcome.config if outcome.config is not None and is_built_by(network, outcome.config) else None
-    told = {"stock_config": stock is not None} if outcome.config is not None else {}
+    told: dict[str, Any] = {"stock_config": stock is not None} if outcome.config is not None else {}
     if outcome.schedule is not None and surgery.is_empty:
         for path in (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SCHEDULE):
             link_file(path, job.folder / component.folder / path.name)
         write_schedule(job.folder / component.folder, outcome.schedule)
     else:
-        _save(network, component, job, Surgery() if stock else load_surgery(folder).then(surgery), config=stock)
+        claims, lost = carried(load_claims(folder), surgery, network.state_dict())
+        record = Surgery() if stock else load_surgery(folder).then(surgery)
+        _save(network, component, job, record, {**claims, **outcome.sparsity}, config=stock)
+        told |= {"sparsity_lost": lost} if lost else {}
     return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
 
 
@@ -205,10 +209,10 @@ def _edits(surgery: Surgery) -> dict[str, int]:
 
 
 def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
-    """Train the parent's denoiser towards the dense one; its shapes stay, so its surgery record does too."""
+    """Train the parent's denoiser towards the dense one; shapes and zeros stay, so its record and its claims do too."""
     component = component_named(job.parent.path, "denoiser", f"stages[{job.index}]")
     folder = job.parent.path / component.folder
-    student = load_network(folder, cls=component.cls)
+    student, claims = load_network(folder, cls=component.cls), load_claims(folder)
     before = Snapshot.of(student)
     teacher = load_pipeline(job.dense.path)
     sampling = job.lab.recipe.sampling
@@ -225,14 +229,21 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
             guidance=sampling.guidance,
             size=image_size(sampling.size, job.dense.path),
             form=form_of(job.dense.path),
+            sparsity=claims,
         ),
     )
-    _save(student, component, job, load_surgery(folder).then(diff(before, student)))
+    _save(student, component, job, load_surgery(folder).then(diff(before, student)), claims)
     return {"component": component.name, **facts}
 
 
 def _save(
-    network: nn.Module, component: Component, job: _Job, surgery: Surgery, *, config: Mapping[str, Any] | None = None
+    network: nn.Module,
+    component: Component,
+    job: _Job,
+    surgery: Surgery,
+    claims: Claims,
+    *,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Store in the parent's own precision, so that sizes of states compare and fp16 in means fp16 out.
 
@@ -241,7 +252,7 @@ def _save(
     folder = job.parent.path / component.folder
     nn.Module.to(network, _stored_dtype(folder, component.cls))  # diffusers' own cast warns about nothing
     original = read_config(folder, component.cls) if config is None else config
-    save_network(network, job.folder / component.folder, surgery=surgery, original_config=original)
+    save_network(network, job.folder / component.folder, surgery=surgery, original_config=original, sparsity=claims)
     schedule = read_schedule(folder)
     if schedule is not None:  # of an earlier stage: it says which levels are computed, not how wide they are
         if levels_of(network) != schedule.levels:

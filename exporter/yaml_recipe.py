@@ -81,6 +81,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {  # 2:4 is a pattern of zeros; YAML 1.1 reads it as 124, a number of base 60
+    first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+\Z")), *known] if first.isdigit() else known
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def apply_setting(raw: dict[str, Any], setting: str) -> None:
     """Change one value in place.
 
@@ -97,7 +103,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
         msg = f"--set {setting}: got no '=', expected KEY.PATH=VALUE, such as sampling.steps=10."
         raise RecipeError(msg)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)  # noqa: TID251 - a subclass of SafeLoader
     except yaml.YAMLError as error:
         msg = f"--set {setting}: the value is not valid YAML: {flat(str(error))}. Quote it."
         raise RecipeError(msg) from error

@@ -172,11 +172,11 @@ class Surgery:
         `other` was taken on the network that this record leads to. Its copies repeat what this record did inside them;
         what it dropped or replaced takes the entries below it along.
         """
-        keep = {final: kept for path, kept in self.keep.items() for final in other._final_paths(path)}
+        keep = {final: kept for path, kept in self.keep.items() for final in other.final_paths(path)}
         for path, kept in other.keep.items():
             keep[path] = tuple(keep[path][i] for i in kept) if path in keep else kept
-        stand_in = {final: entry for path, entry in self.stand_in.items() for final in other._final_paths(path)}
-        resize = {final: entry for path, entry in self.resize.items() for final in other._final_paths(path)}
+        stand_in = {final: entry for path, entry in self.stand_in.items() for final in other.final_paths(path)}
+        resize = {final: entry for path, entry in self.resize.items() for final in other.final_paths(path)}
         for path, later in other.resize.items():
             earlier_resize = resize.get(path, Resize())
             resize[path] = Resize(
@@ -184,7 +184,7 @@ class Surgery:
             )
         return Surgery(keep, {**stand_in, **other.stand_in}, resize)
 
-    def _final_paths(self, path: str) -> Iterator[str]:
+    def final_paths(self, path: str) -> Iterator[str]:
         """Yield where a module of the network before this record is after it: nowhere, once, or once per copy.
 
         Args:

@@ -1,7 +1,8 @@
 """Saving a network that no longer matches its config, and loading it with nothing trusted.
 
-A folder holds the untouched original config, the surgery record (where there is one), safetensors, and a probe: fixed
-inputs with the recorded outputs. A network without surgery makes a stock folder that plain `from_pretrained` reads.
+A folder holds the untouched original config, the surgery record and the claims of sparsity (where there are any),
+safetensors, and a probe: fixed inputs with the recorded outputs. A network without surgery makes a stock folder that
+plain `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.artifact import disk_failure
-from exporter.errors import ArtifactError, ComponentFailed
+from exporter.errors import ArtifactError, ComponentFailed, SurgeryError
 from exporter.networks.components import NETWORK_CLASSES, class_from, is_named
 from exporter.networks.probe import FORWARD_FAILURES, has_probe, probe_inputs, reference_copy, run_probe
 from exporter.networks.record import Surgery
 from exporter.networks.replay import replay
+from exporter.networks.sparsity import Claims, check_claims, load_claims, write_claims
 from exporter.networks.weights import (
     WEIGHT_STEMS,
     TensorFact,
@@ -62,7 +64,14 @@ _COUNTS = frozenset(
 _log = logging.getLogger(__name__)
 
 
-def save_network(module: nn.Module, folder: Path, *, surgery: Surgery, original_config: Mapping[str, Any]) -> None:
+def save_network(
+    module: nn.Module,
+    folder: Path,
+    *,
+    surgery: Surgery,
+    original_config: Mapping[str, Any],
+    sparsity: Claims | None = None,
+) -> None:
     """Write a network into a folder.
 
     Args:
@@ -70,8 +79,10 @@ def save_network(module: nn.Module, folder: Path, *, surgery: Surgery, original_
         folder: made where missing; its files of these names are overwritten.
         surgery: everything that was done to the network since the original config built it.
         original_config: the config that built it, never adapted to the edits.
+        sparsity: which weights have which pattern of zeros.
 
     Raises:
+        SurgeryError: a weight has not the pattern that is claimed.
         ComponentFailed: weights or answers are NaN or infinite, or the disk is full.
     """
     cls = type(module).__name__
@@ -85,7 +96,9 @@ def save_network(module: nn.Module, folder: Path, *, surgery: Surgery, original_
                 f"{cls}: the weights are no longer numbers; got NaN or infinity in {name!r}. "
                 "Lower the learning rate or cut less."
             )
+    check_claims(state, sparsity or {}, cls, SurgeryError)
     _write_json(folder / CONFIG, dict(original_config))
+    write_claims(folder, sparsity or {})
     if not surgery.is_empty:
         _write_json(folder / SURGERY, surgery.to_json())
     if tied:
@@ -148,6 +161,7 @@ def load_network(folder: Path, *, cls: str, dtype: torch.dtype = torch.float32, 
     module, surgery = bare.module, bare.surgery
     probed = check_probe and has_probe(module) and ((folder / PROBE).is_file() or not surgery.is_empty)
     _fill(module, bare.facts, bare.tied, torch.float32 if probed else dtype)
+    check_claims(module.state_dict(), load_claims(folder), str(folder), ArtifactError)
     module.eval()
     if probed:
         _check_probe(module, folder)

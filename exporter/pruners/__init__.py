@@ -17,6 +17,9 @@ PRUNERS = {
     "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
     "taylor": "exporter.pruners.taylor:Taylor",
     "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
+    "wanda": "exporter.pruners.wanda:Wanda",
+    "sparsegpt": "exporter.pruners.sparsegpt:SparseGPT",
+    "obs-diff": "exporter.pruners.obs_diff:ObsDiff",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 

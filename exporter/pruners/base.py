@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -127,11 +127,13 @@ class Outcome:
         config: a stock config that is meant to build the network as it is now. Where it does, exactly, the state is
             saved with it and without a record of edits, so that its library loads it.
         schedule: of methods that leave the network whole, what each step of the sampler computes of it.
+        sparsity: name of a weight -> (n, m): the zeros that the method put; see `exporter.networks.sparsity`.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     schedule: Schedule | None = None
+    sparsity: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Pruner(Protocol):
@@ -190,7 +192,7 @@ class CutOptions:
         if self.round_to < 1:
             raise RecipeError(f"prune.round_to: got {self.round_to}, expected a whole number of at least 1. Write 8.")
         for key, value, allowed in (
-            ("cut", self.cut, ("channels", "blocks")),
+            ("cut", self.cut, get_args(get_type_hints(type(self))["cut"])),
             ("component", self.component, get_args(Cuttable)),
             ("ranking", self.ranking, ("local", "global")),
         ):

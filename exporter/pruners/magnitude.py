@@ -1,4 +1,4 @@
-"""Magnitude pruning: removes what has the smallest weights. Needs no data.
+"""Magnitude pruning: removes what has the smallest weights: channels, blocks, or single weights. Needs no data.
 
 Source: L2 norms of coupled groups as in Torch-Pruning (arXiv 2301.12900, section 3.3), each layer of a group divided by
 its mean norm. Departs: the mean over layers is of norms, not of squares, and ranking is always within one layer.
@@ -12,20 +12,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from exporter.pruners.base import Block, Context, CutOptions, Layer, Outcome
-from exporter.pruners.one_shot import prune_by
+from exporter.pruners.base import Block, Context, Layer, Outcome
+from exporter.pruners.one_shot import mask_weights, prune_by
+from exporter.pruners.patterns import MaskOptions
 
 
 class Magnitude:
     """Units go by the L2 norm of everything they are coupled to, blocks by the gain of their residual branch.
 
+    Single weights become zero by their size, compared within their layer.
+
     Args:
         options: the recipe's keys.
     """
 
-    options: ClassVar[type[CutOptions]] = CutOptions
+    options: ClassVar[type[MaskOptions]] = MaskOptions
 
-    def __init__(self, options: CutOptions) -> None:
+    def __init__(self, options: MaskOptions) -> None:
         self._options = options
 
     def prune(self, network: nn.Module, context: Context) -> Outcome:
@@ -34,6 +37,8 @@ class Magnitude:
         Raises:
             RecipeError: the options remove nothing from this network.
         """
+        if self._options.cut == "weights":
+            return mask_weights(network, self._options, torch.abs)
         return prune_by(self, network, self._options, progress=context.progress)
 
     def of_units(self, layer: Layer) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random pruning: removes units or blocks drawn evenly; the baseline that every other method must beat.
+"""Random pruning: removes units, blocks or single weights drawn evenly; the baseline that every other method must beat.
 
 Needs nothing but the network and a seed.
 """
@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from exporter.pruners.base import Block, Context, CutOptions, Layer, Outcome
-from exporter.pruners.one_shot import prune_by
+from exporter.pruners.base import Block, Context, Layer, Outcome
+from exporter.pruners.one_shot import mask_weights, prune_by
+from exporter.pruners.patterns import MaskOptions
 
 
 class Random:
@@ -22,9 +23,9 @@ class Random:
         options: the recipe's keys.
     """
 
-    options: ClassVar[type[CutOptions]] = CutOptions
+    options: ClassVar[type[MaskOptions]] = MaskOptions
 
-    def __init__(self, options: CutOptions) -> None:
+    def __init__(self, options: MaskOptions) -> None:
         self._options = options
 
     def prune(self, network: nn.Module, context: Context) -> Outcome:
@@ -33,7 +34,10 @@ class Random:
         Raises:
             RecipeError: the options remove nothing from this network.
         """
-        return prune_by(_Draw(context.generator), network, self._options, progress=context.progress)
+        draw = _Draw(context.generator)
+        if self._options.cut == "weights":
+            return mask_weights(network, self._options, draw.of_weights)
+        return prune_by(draw, network, self._options, progress=context.progress)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class _Draw:
 
     def of_units(self, layer: Layer) -> Tensor:
         return torch.rand(layer.units, generator=self.generator)
+
+    def of_weights(self, weight: Tensor) -> Tensor:
+        return torch.rand(weight.shape, generator=self.generator)
 
     def of_block(self, block: Block) -> float:
         return float(torch.rand((), generator=self.generator))

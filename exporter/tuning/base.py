@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -29,6 +29,7 @@ class TuneContext:
         guidance: its guidance scale.
         size: its image side in pixels.
         form: how the dense pipeline is called.
+        sparsity: name of a weight -> (n, m): zeros of the student that must stay; see `exporter.networks.sparsity`.
     """
 
     seed: int
@@ -39,6 +40,7 @@ class TuneContext:
     guidance: float
     size: int
     form: Form = Form()  # noqa: RUF009 - frozen
+    sparsity: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Tuner(Protocol):

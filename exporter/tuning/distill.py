@@ -9,6 +9,7 @@ comes from the dense pipeline unless images are named.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,7 @@ from exporter.tuning.data import Generation, LatentData, encoded, generated, noi
 from exporter.tuning.images import captioned_images
 from exporter.tuning.options import GENERATED, DistillOptions
 from exporter.tuning.training import Work, distill
+from exporter.tuning.zeros import Frozen
 
 __all__ = ["Distill", "DistillOptions", "Work", "device_of", "distill"]
 
@@ -62,7 +64,9 @@ class Distill:
         teacher.to(device)
         data = self._data(teacher, context)
         dense = getattr(teacher, denoiser(type(teacher).__name__).folder)
-        work = Work(context.workdir, context.progress, device, context.seed)
+        # Zeros that a stage before put, and that a compiler will count on, are no weights to train.
+        zeros = partial(Frozen, names=tuple(context.sparsity)) if context.sparsity else None
+        work = Work(context.workdir, context.progress, device, context.seed, zeros)
         facts = distill(student, dense, data, self._options, work)
         return {"data": self._options.data, **facts}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from exporter.tuning.data import Batch, LatentData
 from exporter.tuning.ema import Ema
 from exporter.tuning.losses import feature_loss, guided_loss, stage_outputs
 from exporter.tuning.options import DistillOptions
+from exporter.tuning.zeros import Dense, Zeros
 
 CURVE_POINTS = 60
 _EXAM = (4, 8)
@@ -38,12 +39,14 @@ class Work:
         progress: one unit per step, with the loss as note.
         device: where to train.
         seed: data order, noise, timesteps and dropped prompts follow from it and the step.
+        zeros: makes, of the copy that is trained, what looks after its zeros; None where it may become dense.
     """
 
     folder: Path
     progress: Progress
     device: torch.device
     seed: int
+    zeros: Callable[[nn.Module], Zeros] | None = None
 
 
 def distill(
@@ -74,7 +77,7 @@ def distill(
     path = work.folder / "checkpoint.safetensors"
     key = _key(student, teacher, data, options, work.seed)
     with trainer.watching():
-        before = trainer.error_of(student)
+        before = trainer.error_before()
         matched = trainer.matched_stages()
         start = trainer.resume(read(path, key=key))
         with task(work.progress, "distill", options.steps):
@@ -124,6 +127,7 @@ class _Trainer:
         )
         self._online, self._optimizer = self._accelerator.prepare(online, self._inner)
         self._teacher = teacher
+        self._zeros: Zeros = work.zeros(online) if work.zeros is not None else Dense()
         self.ema = Ema(online, options.ema)
         self.history = torch.zeros(options.steps, dtype=torch.float64)
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -154,12 +158,14 @@ class _Trainer:
         for group in self._inner.param_groups:
             group["lr"] = rate_at(step, self._options)
         total = 0.0
+        self._zeros.enter(step)
         for part in range(self._options.accumulate):
             batch, scale = self._drawn(step * self._options.accumulate + part)
             with self._accelerator.accumulate(self._online):
                 loss = self._loss(batch, scale)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
+                    self._zeros.gradients()
                     self._accelerator.clip_grad_norm_(self._online.parameters(), self._options.clip_norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
@@ -168,6 +174,7 @@ class _Trainer:
             got = f"tune: the loss of step {step + 1} is {total}; expected a number."
             raise ComponentFailed(f"{got} Lower tune.learning_rate, or write precision: float32.")
         self.ema.update(self._online, step)
+        self._zeros.leave(self.ema.weights)
         self.history[step] = total
         return total
 
@@ -212,6 +219,13 @@ class _Trainer:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self._options.precision == "bfloat16"):
             answer: Tensor = network(**batch.feeds, return_dict=False)[0]
         return answer.float()
+
+    def error_before(self) -> float:
+        """Return `error_of` the student as it is first trained: with its zeros."""
+        self._zeros.enter(0)
+        error = self.error_of(self._online)
+        self._zeros.release()
+        return error
 
     @torch.no_grad()
     def error_of(self, network: nn.Module) -> float:
