@@ -182,6 +182,8 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         from exporter.lowering.parity import compare_answers, torch_answers
         from exporter.lowering.stored import stored_weights
         from exporter.lowering.wrappers import part_of
+        from exporter.lowering.zeros import check_zeros
+        from exporter.networks.sparsity import load_claims
         from exporter.networks.storage import load_network, open_bare
 
         source, name = state.path / component.folder, component.name
@@ -190,6 +192,7 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         if schedule is not None:
             return _export_scheduled(component, (bare, weights, schedule), source, out, options, shop)
         export_component(name, part_of(component, bare), out, options, weights=weights)
+        zeros = check_zeros(out / "model.onnx", load_claims(source), name)
         started = time.monotonic()
         calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
         feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
@@ -197,7 +200,7 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
         parity = compare_answers(name, wanted, out / "model.onnx", feeds)
         shop.took("parity", time.monotonic() - started)
-        return {"component": name, "parity": parity}
+        return {"component": name, "parity": parity, "zeros": zeros}
 
     return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
 
