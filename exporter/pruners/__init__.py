@@ -20,6 +20,7 @@ PRUNERS = {
     "wanda": "exporter.pruners.wanda:Wanda",
     "sparsegpt": "exporter.pruners.sparsegpt:SparseGPT",
     "obs-diff": "exporter.pruners.obs_diff:ObsDiff",
+    "sparsedm": "exporter.pruners.sparsedm:SparseDM",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""
 
