@@ -169,7 +169,11 @@ class _Work:
             return None, ""
         if contestant.method == FEWER_STEPS:
             return target, ""
-        fitted = self._fit_loop(contestant, target) if contestant.knob.meaning == "loop" else self._fitter.fit(contestant, target)
+        fitted = (
+            self._fit_loop(contestant, target)
+            if contestant.knob.meaning == "loop"
+            else self._fitter.fit(contestant, target)
+        )
         return fitted.value, fitted.note
 
     def _fit_loop(self, contestant: Contestant, target: float) -> Fitted:

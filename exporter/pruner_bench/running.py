@@ -97,7 +97,9 @@ class Setting:
         return {"tune": {"method": "distill", "steps": steps, "prompts": self.tuning, **options}}
 
 
-def run_stages(folder: Path, stages: list[dict[str, Any]], seed: int, setting: Setting, progress: Progress) -> RunRecord:
+def run_stages(
+    folder: Path, stages: list[dict[str, Any]], seed: int, setting: Setting, progress: Progress
+) -> RunRecord:
     """Carry out a recipe of these stages, on the dense state and recording that all runs share.
 
     Raises:
