@@ -127,8 +127,8 @@ class TargetStopwatch:
     def _first(self, engine: Path, anchor: Path) -> tuple[float, tuple[float, float, float]]:
         """Keep the first engine of a kind; time it against itself."""
         shutil.rmtree(anchor, ignore_errors=True)
-        shutil.copytree(engine, anchor)
-        with self._opened(engine) as mine, self._opened(anchor) as again:
+        engine.replace(anchor)
+        with self._opened(anchor) as mine, self._opened(anchor) as again:
             pairs = self._timer.interleaved(mine, again)
         ratio = pairs.ratio("itself")
         return pairs.a.median_ms, (round(ratio.value, 4), round(ratio.low, 4), round(ratio.high, 4))

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from exporter.errors import RecipeError
+from exporter.pruners.additivity import spearman
 from exporter.pruners.base import Context, Stopwatch
 
 
@@ -41,26 +42,37 @@ class LatencyTable:
         whole: the network with all of them.
         remains: path -> what stays in its place when it goes; only where that computes anything.
         per_call: what every unit measured alone contains that it does not cost inside of a network.
+        copies: path -> what a copy of the unit adds, measured alone, where that is not all of the unit.
     """
 
     units: Mapping[str, float]
     whole: float
     remains: Mapping[str, float] = field(default_factory=dict)
     per_call: float = 0.0
+    copies: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stopwatch: Stopwatch, network: nn.Module, paths: Sequence[str]) -> LatencyTable:
+    def of(
+        cls, stopwatch: Stopwatch, network: nn.Module, paths: Sequence[str], copied: Mapping[str, str] | None = None
+    ) -> LatencyTable:
         """Measure a network and its units.
 
         Args:
             stopwatch: of the target.
             network: the denoiser.
             paths: of the units.
+            copied: path of a unit -> path of the module that a copy of it repeats.
         """
         whole = stopwatch.whole_ms(network)
         left = {path: f"{path}.conv_shortcut" for path in paths if _has_shortcut(network.get_submodule(path))}
-        found = stopwatch.units_ms(network, [*paths, *left.values()])
-        return cls({path: found[path] for path in paths}, whole, {path: found[name] for path, name in left.items()})
+        layers = copied or {}
+        found = stopwatch.units_ms(network, list(dict.fromkeys([*paths, *left.values(), *layers.values()])))
+        return cls(
+            {path: found[path] for path in paths},
+            whole,
+            {path: found[name] for path, name in left.items()},
+            copies={path: found[name] for path, name in layers.items()},
+        )
 
     @property
     def rest(self) -> float:
@@ -74,7 +86,7 @@ class LatencyTable:
 
     def cost(self, path: str) -> float:
         """Return what a copy of a unit costs."""
-        return max(self.units[path] - self.per_call, 1e-3 * self.whole / len(self.units))
+        return max(self.copies.get(path, self.units[path]) - self.per_call, 1e-3 * self.whole / len(self.units))
 
     def predict(self, removed: Collection[str], copied: Sequence[str] = ()) -> float:
         """Return the latency of the network without some units and with copies of others."""
@@ -102,6 +114,7 @@ class LatencyTable:
             "per_call_ms": round(self.per_call, 4),
             "predicted_and_measured_ms": pairs,
             "largest_error": round(max(errors), 4) if errors else None,
+            "spearman": spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs]),
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Work:
         device: where to train.
         seed: data order, noise, timesteps and dropped prompts follow from it and the step.
         zeros: makes, of the copy that is trained, what looks after its zeros; None where it may become dense.
+        during: changes the student for one forward pass, undone at its end; what it draws comes from the generator,
+            which follows from the seed and the pass.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Work:
     device: torch.device
     seed: int
     zeros: Callable[[nn.Module], Zeros] | None = None
+    during: Callable[[nn.Module, torch.Generator], AbstractContextManager[None]] | None = None
 
 
 def distill(
@@ -114,6 +117,7 @@ class _Trainer:
         self, student: nn.Module, teacher: nn.Module, data: LatentData, options: DistillOptions, work: Work
     ) -> None:
         self._data, self._options, self._seed, device = data, options, work.seed, work.device
+        self._during = work.during or (lambda network, generator: nullcontext())
         self._accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=options.accumulate)
         if self._accelerator.device.type != device.type:
             got = f"tune.device: accelerate took {self._accelerator.device}, expected {device}."
@@ -160,9 +164,11 @@ class _Trainer:
         total = 0.0
         self._zeros.enter(step)
         for part in range(self._options.accumulate):
-            batch, scale = self._drawn(step * self._options.accumulate + part)
+            number = step * self._options.accumulate + part
+            batch, scale = self._drawn(number)
             with self._accelerator.accumulate(self._online):
-                loss = self._loss(batch, scale)
+                with self._during(self._online, self._generator("during", number)):
+                    loss = self._loss(batch, scale)
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
                     self._zeros.gradients()

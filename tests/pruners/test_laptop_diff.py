@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fake_stopwatch import REST, FakeStopwatch
 
 from exporter.errors import RecipeError
 from exporter.networks.standins import Bypass, Shortcut, stand_in
@@ -41,31 +42,6 @@ def prune(tiny_loan, dense, tmp_path):
 
 def size(network):
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-@dataclasses.dataclass
-class Fake:
-    """A target on which units cost what they say and a whole network `extra` less than all that it has."""
-
-    network: torch.nn.Module
-    extra: float = 0.0
-    asked: list = dataclasses.field(default_factory=list)
-    digest = "fake"
-
-    def cost(self, module):
-        return 0.0 if isinstance(module, Bypass | Shortcut) else 1.0 + sum(p.numel() for p in module.parameters()) / 1e5
-
-    def units_ms(self, network, paths):
-        return {path: self.extra if "shortcut" in path else self.cost(network.get_submodule(path)) for path in paths}
-
-    def whole_ms(self, network):
-        paths = [block.path for block in blocks_of(self.network, LaptopDiffOptions())]
-        there = [p for p in paths if not isinstance(network.get_submodule(p), Bypass | Shortcut)]
-        self.asked.append(len(there))
-        return 5.0 + sum(self.cost(self.network.get_submodule(p)) - self.extra for p in there)
-
-    def control(self):
-        return {"whole": (1.0, 0.9, 1.1)}
 
 
 def test_scores_are_the_change_of_the_answer_in_plain_torch(prune, dense, tiny_loan):
@@ -113,7 +89,7 @@ def test_without_rescoring_no_other_set_of_as_many_parameters_has_less_summed_lo
 @pytest.mark.parametrize("extra", [0.0, 0.4])
 def test_a_latency_budget_holds_for_the_whole_network(prune, dense, tiny_loan, extra):
     """Where whole networks cost less than their units, removals save less than the table says: the budget is raised."""
-    fake = Fake(dense, extra)
+    fake = FakeStopwatch(dense, extra)
     network, facts = prune(
         dataclasses.replace(tiny_loan, stopwatch=fake), keep_ratio=0.5, budget="latency", rescore=False, sets=0
     )
@@ -127,8 +103,8 @@ def test_a_latency_budget_holds_for_the_whole_network(prune, dense, tiny_loan, e
 def test_what_cannot_be_reached_names_the_least_that_can(prune, dense, tiny_loan):
     with pytest.raises(RecipeError, match=r"got 0\.05 of the parameters, expected 0\.\d+ or more\. Raise it"):
         prune(keep_ratio=0.05, sets=0)
-    fake = Fake(dense)
-    least = 5.0 / fake.whole_ms(dense)
+    fake = FakeStopwatch(dense)
+    least = REST / fake.whole_ms(dense)
     with pytest.raises(RecipeError, match=rf"of the latency, expected {least + 0.0005:.3f} or more"):
         prune(dataclasses.replace(tiny_loan, stopwatch=fake), keep_ratio=0.01, budget="latency", sets=0)
     with pytest.raises(RecipeError, match="latencies are asked for; got none: no target here"):
