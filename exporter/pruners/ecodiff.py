@@ -207,7 +207,7 @@ def _learn(
         [digest_of_tensors(network.state_dict()), asdict(options), asdict(drawing), texts, loan.batch, seed]
     )
     kept = Sparing(context.workdir / "masks.safetensors", key)
-    shown = examples(loan, texts, options.images, drawing, seed, context.progress)
+    shown = examples(context, texts, options.images, drawing, seed=seed, key=key)
     training = MaskTraining(network, found, shown, options, seed)
     start = training.resume(kept.read())
     with task(context.progress, "masks", options.steps):

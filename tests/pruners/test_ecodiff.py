@@ -302,6 +302,7 @@ def test_a_killed_training_goes_on_where_it_was(small, context, prompts, monkeyp
     wanted = EcoDiff(chosen).prune(undisturbed, context()).facts
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     real, done = mask_training.MaskTraining.step, []
+    run, drawn = Trajectory.run, []
 
     def step(self, number):
         done.append(number)
@@ -312,7 +313,10 @@ def test_a_killed_training_goes_on_where_it_was(small, context, prompts, monkeyp
     monkeypatch.setattr(mask_training.MaskTraining, "step", step)
     with pytest.raises(KeyboardInterrupt):
         EcoDiff(chosen).prune(killed, context())
-    assert EcoDiff(chosen).prune(killed, context()).facts == wanted
+    with monkeypatch.context() as patch:  # what the dense denoiser drew is not drawn again
+        patch.setattr(Trajectory, "run", lambda self, latents, answer: drawn.append(1) or run(self, latents, answer))
+        assert EcoDiff(chosen).prune(killed, context()).facts == wanted
+    assert len(drawn) == 2
     assert done == [0, 1, 1, 2]
     assert all(torch.equal(value, killed.state_dict()[name]) for name, value in undisturbed.state_dict().items())
 
