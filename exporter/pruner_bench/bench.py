@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,12 @@ from exporter import __version__
 from exporter.artifact import Artifact, digest_of, locked, open_artifact
 from exporter.errors import ExporterError
 from exporter.loan import DenseLoan
-from exporter.lowering.engine import Column
+from exporter.preflight import check_recipe
 from exporter.progress import Progress, Silent
-from exporter.pruner_bench.contestants import FEWER_STEPS, Contestant
+from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
 from exporter.pruner_bench.fitting import Fitted, Fitter
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
-from exporter.pruner_bench.running import DENSE, TARGET, Setting, drop_heavy, run_stages, values_of
+from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, run_stages, values_of
 from exporter.recordings import export_options
 from exporter.stopwatch import TargetStopwatch
 
@@ -64,6 +64,13 @@ def bench_pruners(plan: Plan, setting: Setting, progress: Progress) -> list[Row]
         for contestant in work.best(2) if plan.long_recovery else ():
             work.long_line(contestant, min(plan.targets))
     return read_rows(setting.out)
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return rows in the order of the table: dense first, then contestants, seeds ascending."""
+    order = ["dense", *(contestant.name for contestant in CONTESTANTS)]
+    known = [row for row in rows if row.name in order]
+    return sorted(known, key=lambda row: (order.index(row.name), -(row.target or 0), row.recovery, row.seed))
 
 
 class _Work:
@@ -139,7 +146,7 @@ class _Work:
                     keep_row(row.model_copy(update={"values": values, "note": f"{steps} steps"}), self._setting.out)
                 drop_heavy(folder)
                 return
-            prune = self._stage(contestant, value)
+            prune = contestant.stage(value)
             tuned = [self._setting.recovery(row.recovery) for row in rows if row.recovery]
             record = run_stages(folder, [prune, *tuned], rows[0].seed, self._setting, self._progress)
         except ExporterError as error:
@@ -184,16 +191,13 @@ class _Work:
         run_stages(small.out / "runs" / "dense", [], 0, small, Silent())
         for value in contestant.knob.values:
             folder = small.out / "runs" / f"{contestant.name}-{value:g}"
-            record = run_stages(folder, [self._stage(contestant, value)], 0, small, self._progress)
+            record = run_stages(folder, [contestant.stage(value)], 0, small, self._progress)
             found = values_of(record.cells[1], record.states[1], self._component)["latency_ratio"].value
             tried.append((value, found))
             if found <= target + 0.01:
                 return Fitted(value, found, tuple(tried))
         least = min(ratio for _, ratio in tried)
         return Fitted(None, least, tuple(tried), f"not reachable: {least:.2f}x")
-
-    def _stage(self, contestant: Contestant, value: float | None) -> dict[str, Any]:
-        return contestant.stage(value)
 
     def _row(self, contestant: Contestant, target: float | None, recovery: int, seed: int) -> Row:
         row = Row(
@@ -249,11 +253,8 @@ class _Work:
 
     def _stopwatch(self, batch: int) -> TargetStopwatch:
         recipe = replace(self._setting, batch=batch).recipe(self._setting.out / "fits", [], 0)
-        options = export_options(recipe, self._dense.path)
-        options = replace(options, tokens=self._tokens)
-        from exporter.preflight import columns_of
-
-        column: Column = columns_of(recipe)[TARGET]
+        options = replace(export_options(recipe, self._dense.path), tokens=self._tokens)
+        column = check_recipe(recipe, self._setting.out / "fits" / "check", ignore_memory=True).columns[0]
         return TargetStopwatch(column, options, self._setting.out / "fits" / f"batch-{batch}", self._progress)
 
     @cached_property
@@ -268,8 +269,3 @@ class _Work:
         loan = DenseLoan(self._dense, dict(self._setting.sampling), watch, _SEED, fits / "loan", self._progress)
         network = copy.deepcopy(self._dense_network)
         return Fitter(network, watch, loan, self._setting.tuning, fits, self._progress)
-
-
-def results(out: Path) -> Iterator[Row]:
-    """Yield the rows of a bench that were measured."""
-    yield from (row for row in read_rows(out) if row.status == "ok")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from exporter.artifact import open_artifact
 from exporter.bench import Bench
+from exporter.memo import FileMemo
 from exporter.metrics.latency import Timer
 from exporter.metrics.place import Place
 from exporter.networks.components import denoiser
@@ -13,7 +14,6 @@ from exporter.progress import Progress
 from exporter.pruner_bench.rows import Value
 from exporter.pruner_bench.running import DENSE, TARGET, Setting, of_images
 from exporter.recordings import dense_recording
-from exporter.memo import FileMemo
 from exporter.states import pipeline_class_of
 
 
@@ -31,7 +31,7 @@ def fewer_steps(steps: int, folder: Path, setting: Setting, progress: Progress) 
     from exporter.lowering.feeds import recorded_calls
     from exporter.pictures import draw
     from exporter.runtime import EngineFacts, close_sessions, open_sessions
-    from exporter.states import components_of, config_of
+    from exporter.states import config_of
 
     dense = setting.out / "runs" / "dense"
     recipe = setting.recipe(folder, [], 0)
@@ -57,5 +57,4 @@ def fewer_steps(steps: int, folder: Path, setting: Setting, progress: Progress) 
     for item in found:
         values |= dict(of_images(item))
     values["latency_ratio_batch_1"] = Value(value=steps / setting.steps)
-    del components_of
     return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -67,6 +66,14 @@ class Setting:
             "size": self.size,
             "batch": self.batch,
         }
+
+    def sentence(self) -> str:
+        """Say how the numbers were taken."""
+        return (
+            f"Embedded model ({self.source}), {self.images} prompts of {self.prompts}, one image each from seeds 0 on, "
+            f"DPM-Solver++ {self.steps} steps, guidance {self.guidance:g}, {self.size} px, OpenVINO f32, batch "
+            f"{self.batch}; latency is the ratio to the dense engine, taken in alternating pairs."
+        )
 
     def recipe(self, folder: Path, stages: list[dict[str, Any]], seed: int) -> Recipe:
         """Write the recipe of a run into its folder, and read it."""
@@ -158,6 +165,7 @@ def _of_denoiser(item: Measurement) -> Iterator[tuple[str, Value]]:
 
 
 def of_images(item: Measurement) -> Iterator[tuple[str, Value]]:
+    """Yield what the bench takes from a measurement of images."""
     assert item.value is not None
     here = Value(value=item.value, low=item.low, high=item.high)
     if item.name == "fidelity.image.ssim":
@@ -194,8 +202,3 @@ def _link(source: Path, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(source / name, staging, copy_function=os.link)
             staging.rename(target)
-
-
-def read_facts(state: StateRecord) -> str:
-    """Return the facts of a state as one line of JSON, for notes."""
-    return json.dumps(state.facts)
