@@ -296,10 +296,12 @@ def test_units_that_do_nothing_go(small, context, prompts, tiny_loan, monkeypatc
     assert survivors / sum(m.net[2].in_features for m in removed.values()) > 0.9
 
 
-def test_a_killed_training_goes_on_where_it_was(small, context, prompts, monkeypatch):
+def test_a_killed_training_goes_on_where_it_was(small, context, prompts, tmp_path, monkeypatch):
     chosen = options(prompts, steps=3)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     undisturbed, killed = copy.deepcopy(small), copy.deepcopy(small)
-    wanted = EcoDiff(chosen).prune(undisturbed, context()).facts
+    wanted = EcoDiff(chosen).prune(undisturbed, dataclasses.replace(context(), workdir=elsewhere)).facts
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     real, done = mask_training.MaskTraining.step, []
     run, drawn = Trajectory.run, []
@@ -319,6 +321,14 @@ def test_a_killed_training_goes_on_where_it_was(small, context, prompts, monkeyp
     assert len(drawn) == 2
     assert done == [0, 1, 1, 2]
     assert all(torch.equal(value, killed.state_dict()[name]) for name, value in undisturbed.state_dict().items())
+
+
+def test_what_was_learnt_serves_another_ratio(small, context, prompts, monkeypatch):
+    first = EcoDiff(options(prompts)).prune(copy.deepcopy(small), context()).facts
+    monkeypatch.setattr(mask_training.MaskTraining, "step", None)  # not called again
+    second = EcoDiff(options(prompts, keep_ratio=0.4, round_to=4)).prune(small, context()).facts
+    assert second["curve"] == first["curve"]
+    assert second["maskable_kept"] < first["maskable_kept"]
 
 
 def test_nothing_is_left_behind(small, context, prompts):
