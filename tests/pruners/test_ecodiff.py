@@ -202,6 +202,9 @@ def test_a_solver_without_history_does_not_start_to_clip(tiny_pipeline_folder):
     assert isinstance(found, DDIMScheduler)
     assert not found.config.clip_sample
     assert torch.equal(found.alphas_cumprod, multistep.alphas_cumprod)
+    flow = type(multistep).from_config(multistep.config, prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(RecipeError, match=r"DPMSolverMultistepScheduler \(flow_prediction\); expected a schedule"):
+        single_step(flow)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
