@@ -162,12 +162,28 @@ def conditions(pipeline: Any, form: Form, texts: Sequence[str], drawing: Drawing
     Returns:
         Name to (rows, ...).
     """
-    seen: dict[str, Tensor] = {}
+    named = first_inputs(pipeline, form, texts, drawing)
+    return {name: named[name] for name in form.given}
+
+
+def first_inputs(pipeline: Any, form: Form, texts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
+    """Return all that the denoiser is first asked with; the pipeline's scheduler is set to these steps afterwards.
+
+    Args:
+        pipeline: as for `conditions`.
+        form: of its family.
+        texts: as for `draw`.
+        drawing: as for `conditions`.
+
+    Raises:
+        CalibrationError: the denoiser is never asked.
+    """
+    seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        named = named_inputs(form, args, kwargs)
-        seen.update({name: named[name].detach() for name in form.given})
+        for name, value in named_inputs(form, args, kwargs).items():
+            seen[name] = value.detach() if isinstance(value, Tensor) else value
         raise _Enough
 
     handle = getattr(pipeline, form.denoiser).register_forward_pre_hook(look, with_kwargs=True)

@@ -211,6 +211,38 @@ def generate(
         typer.echo(note)
 
 
+bench_app = typer.Typer(help="Compare methods with each other.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command(name="pruners")
+def bench_pruners(  # noqa: PLR0913 - a command line's flags
+    out: Annotated[Path, typer.Option("--out", help="Folder of the bench; the same command resumes.")] = Path(
+        "runs/bench-pruners"
+    ),
+    methods: Annotated[str | None, typer.Option(help="Only these lines of the table, comma-separated.")] = None,
+    latencies: Annotated[str, typer.Option(help="Fractions of dense's latency, comma-separated.")] = "0.75,0.5",
+    images: Annotated[int, typer.Option(min=16, max=2048, help="Prompts that are drawn and judged.")] = 2048,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds before recovery, and after the long one.")] = 3,
+    recovery: Annotated[int, typer.Option(min=0, help="Optimizer steps of recovery.")] = 300,
+    long_recovery: Annotated[int, typer.Option(min=0, help="Of the best two at the lowest latency.")] = 5000,
+    quiet: QuietOption = False,
+) -> None:
+    """Run every pruning method on the embedded model, at the same measured latency, with the same recovery."""
+    from exporter.pruner_bench import compare_pruners
+
+    text = compare_pruners(
+        out,
+        names=_names(methods),
+        latencies=latencies,
+        images=images,
+        seeds=seeds,
+        recovery=(recovery, long_recovery),
+        progress=_progress(quiet),
+    )
+    typer.echo(text)
+
+
 @app.command(name="targets")
 def list_targets(as_json: JsonOption = False) -> None:
     """List target types and what this machine offers for each."""

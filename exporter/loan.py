@@ -68,11 +68,13 @@ class DenseLoan:
         return pipeline
 
     def texts(self, prompts: str | None) -> list[str]:
-        """Return the prompts of a named set or file.
+        """Return the prompts of a named set or file; a single empty one where the pipeline draws without being asked.
 
         Raises:
             RecipeError: None was given, or there is no such set.
         """
+        if prompts is None and self.form.asked == "batch_size":
+            return [""]
         return list(prompt_set(_named(prompts)).prompts)
 
     def recording(self, prompts: str | None, images: int) -> Recording:
@@ -113,8 +115,9 @@ class DenseLoan:
 
         how = self.drawing
         plan = Generation(how.steps, how.guidance, how.height, self.seed, _AT_ONCE, self.form)
-        texts = [""] if self.form.asked == "batch_size" else self.texts(prompts)  # those draw without being asked
-        return generated(self.pipeline(), texts, samples, plan, folder=self.folder / "data", progress=self.progress)
+        return generated(
+            self.pipeline(), self.texts(prompts), samples, plan, folder=self.folder / "data", progress=self.progress
+        )
 
 
 def _named(prompts: str | None) -> str:

@@ -23,7 +23,7 @@ EVERYDAY = "everyday"
 NAMED: dict[str, Callable[[], list[str]]] = {
     **{
         name: (lambda name=name: shapes_prompts(name))  # type: ignore[misc]
-        for name in ("shapes-validation", "shapes-calibration", "shapes-train")
+        for name in ("shapes-validation", "shapes-calibration", "shapes-train", "shapes-test")
     },
     EVERYDAY: _everyday,
 }

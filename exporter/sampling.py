@@ -37,6 +37,8 @@ def use_scheduler(pipeline: Any, name: str) -> None:
     named, changes = _SCHEDULERS[name]
     cls = getattr(diffusers, named)
     if not isinstance(pipeline.scheduler, cls):
+        if name == "ddim":  # by default it clips, as no scheduler does whose config is silent on it
+            changes = {"clip_sample": bool(pipeline.scheduler.config.get("clip_sample", False))}
         pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **changes)
 
 

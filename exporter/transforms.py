@@ -186,17 +186,17 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     kept = parameter_count(network) / parameters
-    claims, lost = carried(load_claims(folder), surgery, network.state_dict())
     stock = outcome.config if outcome.config is not None and is_built_by(network, outcome.config) else None
     told: dict[str, Any] = {"stock_config": stock is not None} if outcome.config is not None else {}
-    told |= {"sparsity_lost": lost} if lost else {}
     if outcome.schedule is not None and surgery.is_empty:
         for path in (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SCHEDULE):
             link_file(path, job.folder / component.folder / path.name)
         write_schedule(job.folder / component.folder, outcome.schedule)
     else:
+        claims, lost = carried(load_claims(folder), surgery, network.state_dict())
         record = Surgery() if stock else load_surgery(folder).then(surgery)
         _save(network, component, job, record, {**claims, **outcome.sparsity}, config=stock)
+        told |= {"sparsity_lost": lost} if lost else {}
     return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 FEWER_STEPS = "fewer-steps"
 """The baseline that prunes nothing: the plain sampler with fewer steps."""
@@ -18,13 +18,16 @@ class Knob:
     Attributes:
         key: name of the option.
         meaning: ``keep``: a ratio whose latency has to be searched for. ``latency``: the method takes the fraction of
-            dense's latency itself. ``relative``: the same, written as ``0.5 * dense``.
+            dense's latency itself. ``relative``: the same, written as ``0.5 * dense``. ``loop``: `values` are tried in
+            turn, since calls stay as slow as they were and only the loop tells.
         low: smallest value that is tried.
+        values: for ``loop``, in the order of falling latency.
     """
 
     key: str
-    meaning: str
+    meaning: Literal["keep", "latency", "relative", "loop"]
     low: float = 0.1
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Contestant:
         knob: None for a method of one size, which has one line whatever latency is asked for.
         informed: whether it looks at weights or data; it then has to beat `random` of the same kind.
         kind: what it removes; lines of one kind are compared with that kind's random one.
+        recovers: whether training the network afterwards is part of it; a schedule leaves the weights as they are.
     """
 
     name: str
@@ -46,12 +50,14 @@ class Contestant:
     options: Mapping[str, Any] = field(default_factory=dict)
     knob: Knob | None = None
     informed: bool = True
+    recovers: bool = True
 
     def stage(self, value: float | None) -> dict[str, Any]:
         """Return the recipe's stage at a value of the knob."""
         given = dict(self.options)
         if self.knob is not None and value is not None:
-            given[self.knob.key] = f"{value:.4g} * dense" if self.knob.meaning == "relative" else round(value, 4)
+            plain = round(value, 4) if value % 1 else int(value)
+            given[self.knob.key] = f"{value:.4g} * dense" if self.knob.meaning == "relative" else plain
         return {"prune": {"method": self.method, **given}}
 
 
@@ -66,20 +72,55 @@ def _cut(
     return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed)
 
 
+def _zeros(name: str, method: str, *, informed: bool = True, options: Mapping[str, Any]) -> Contestant:
+    return Contestant(name, method, "zeros", options, None, informed)
+
+
+_HALF: Mapping[str, Any] = MappingProxyType({"pattern": "unstructured", "keep_ratio": 0.5})
+_HALF_CUT: Mapping[str, Any] = MappingProxyType({"cut": "weights", "keep_ratio": 0.5})
+_BY: Mapping[str, Any] = MappingProxyType({**_BY_LATENCY, **_DATA})
+
 CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant(FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False),
+    Contestant(FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False, recovers=False),
     _cut("random", "random", informed=False),
     _cut("magnitude", "magnitude"),
     _cut("taylor", "taylor", options=_DATA),
     _cut("diff-pruning", "diff-pruning", options=_DATA),
+    _cut("diff-pruning squares", "diff-pruning", options={**_DATA, "score": "squares"}),
+    Contestant("ecodiff", "ecodiff", "channels", _DATA, _KEEP),
     _cut("random blocks", "random", "blocks", informed=False),
     _cut("magnitude blocks", "magnitude", "blocks"),
-    Contestant("laptop-diff", "laptop-diff", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")),
-    Contestant(
-        "improved-techniques", "improved-techniques", "blocks", {**_BY_LATENCY, **_DATA}, Knob("keep_ratio", "latency")
-    ),
-    Contestant("snapfusion", "snapfusion", "blocks", dict(_DATA), Knob("latency", "relative")),
+    Contestant("laptop-diff", "laptop-diff", "blocks", _BY, Knob("keep_ratio", "latency")),
+    Contestant("improved-techniques", "improved-techniques", "blocks", _BY, Knob("keep_ratio", "latency")),
+    Contestant("snapfusion", "snapfusion", "blocks", _DATA, Knob("latency", "relative")),
     *(Contestant(f"bk-sdm {preset}", "bk-sdm", "blocks", {"preset": preset}) for preset in ("base", "small", "tiny")),
+    Contestant(
+        "deepcache",
+        "deepcache",
+        "schedule",
+        {"branch": 0},
+        Knob("interval", "loop", values=(2.0, 3.0, 4.0, 5.0, 7.0, 10.0)),
+        informed=False,
+        recovers=False,
+    ),
+    Contestant(
+        "dip-go",
+        "dip-go",
+        "schedule",
+        {"iterations": 100, "images": 32},
+        Knob("keep_ratio", "loop", values=(0.75, 0.7, 0.65, 0.5, 0.45, 0.4, 0.35)),
+        recovers=False,
+    ),
+    _zeros("random 2:4", "random", informed=False, options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
+    _zeros("magnitude 2:4", "magnitude", options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
+    _zeros("wanda 2:4", "wanda", options=_DATA),
+    _zeros("sparsegpt 2:4", "sparsegpt", options=_DATA),
+    _zeros("obs-diff 2:4", "obs-diff", options=_DATA),
+    _zeros("sparsedm 2:4", "sparsedm", options={**_DATA, "steps": 300, "samples": 256}),
+    _zeros("random 50 %", "random", informed=False, options=_HALF_CUT),
+    _zeros("magnitude 50 %", "magnitude", options=_HALF_CUT),
+    _zeros("wanda 50 %", "wanda", options={**_DATA, **_HALF}),
+    _zeros("sparsegpt 50 %", "sparsegpt", options={**_DATA, **_HALF}),
 )
 """In the order of the table."""
 

@@ -9,17 +9,20 @@ if TYPE_CHECKING:
     from exporter.pruners.base import Pruner
 
 PRUNERS = {
-    "deepcache": "exporter.pruners.deepcache:DeepCache",
     "random": "exporter.pruners.random_:Random",
-    "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
-    "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
     "magnitude": "exporter.pruners.magnitude:Magnitude",
-    "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
-    "snapfusion": "exporter.pruners.snapfusion:SnapFusion",
     "taylor": "exporter.pruners.taylor:Taylor",
-    "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
     "wanda": "exporter.pruners.wanda:Wanda",
     "sparsegpt": "exporter.pruners.sparsegpt:SparseGPT",
+    "diff-pruning": "exporter.pruners.diff_pruning:DiffPruning",
+    "snapfusion": "exporter.pruners.snapfusion:SnapFusion",
+    "ecodiff": "exporter.pruners.ecodiff:EcoDiff",
+    "improved-techniques": "exporter.pruners.improved_techniques:ImprovedTechniques",
+    "laptop-diff": "exporter.pruners.laptop_diff:LaptopDiff",
+    "sparsedm": "exporter.pruners.sparsedm:SparseDM",
+    "dip-go": "exporter.pruners.dip_go:DipGo",
+    "deepcache": "exporter.pruners.deepcache:DeepCache",
+    "bk-sdm": "exporter.pruners.bk_sdm:BkSdm",
     "obs-diff": "exporter.pruners.obs_diff:ObsDiff",
 }
 """The registry: what a recipe calls ``method`` -> ``module:Class``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from exporter.errors import RecipeError, SurgeryError
 from exporter.progress import Progress, task
 from exporter.pruners.attributes import head_widths, sync
 from exporter.pruners.base import CutOptions, Layer, Share
+from exporter.pruners.joint import cut_joint, joint_layers
 from exporter.pruners.protect import check_patterns, is_protected
 from exporter.pruners.ranking import removals
 from exporter.pruners.trace import dependency_graph
@@ -75,27 +76,31 @@ def cut_channels(
     if options.keep_ratio == 1.0:
         return
     check_patterns(network, options.protect)
-    learnable = {path: parameter.requires_grad for path, parameter in network.named_parameters()}
-    widths = head_widths(network)
     cutter = _Cutter(network, options)
-    found = list(cutter.layers())
+    layers = cutter.found
     # All scores before the first cut: a stream that shrinks must not change what its neighbours are worth.
-    removed = removals([layer for _, layer in found], options, score)
-    planned = [(root, layer, units) for (root, layer), units in zip(found, removed, strict=True) if units]
-    if not planned:
+    removed = removals(layers, options, score)
+    gone = {layer.path: units for layer, units in zip(layers, removed, strict=True) if units}
+    if not gone:
         raise RecipeError(_nothing_to_cut(options))
-    with task(progress, "cut channels", len(planned)):
-        for root, layer, units in planned:
-            cutter.remove(root, layer, units)
-            progress.advance(note=layer.path)
-    sync(network, widths)
-    for path, parameter in network.named_parameters():
-        parameter.requires_grad_(learnable[path])
+    cutter.remove(gone, progress)
+
+
+def remove_units(network: nn.Module, options: CutOptions, gone: Mapping[str, list[int]], *, progress: Progress) -> None:
+    """Remove these units from everything they are coupled to, in place.
+
+    Args:
+        network: as for `cut_channels`.
+        options: those that the layers were found with.
+        gone: path of a layer, as `layers_of` has it, to the units to remove, never all of them.
+        progress: one unit per layer cut.
+    """
+    _Cutter(network, options).remove(gone, progress)
 
 
 def layers_of(network: nn.Module, options: CutOptions) -> list[Layer]:
     """Return every layer that `cut_channels` would consider, in the network's order."""
-    return [layer for _, layer in _Cutter(network, options).layers()]
+    return _Cutter(network, options).found
 
 
 class _Cutter:
@@ -105,8 +110,15 @@ class _Cutter:
         self._network, self._options = network, options
         self._graph = dependency_graph(network)
         self._paths = {module: path for path, module in network.named_modules()}
+        self._joint = [layer for layer in joint_layers(network) if self._is_wanted(layer)]
+        self._rooted = list(self._layers())
+        self.found = [*(layer for _, layer in self._rooted), *self._joint]
 
-    def layers(self) -> Iterator[tuple[_Root, Layer]]:
+    def _is_wanted(self, layer: Layer) -> bool:
+        modules = {share.path.rpartition(".")[0] for share in layer.shares}
+        return layer.part in self._options.parts and not is_protected([layer.path, *modules], self._options.protect)
+
+    def _layers(self) -> Iterator[tuple[_Root, Layer]]:
         """Yield what can be cut, protected layers left out."""
         for root in [*_inner_roots(self._network), *self._stream_roots()]:
             if root.part not in self._options.parts or root.module not in self._graph.module2node:
@@ -117,10 +129,21 @@ class _Cutter:
             if not is_protected([root.owner, *(member.path for member in members)], self._options.protect):
                 yield root, _layer(root, members)
 
-    def remove(self, root: _Root, layer: Layer, units: list[int]) -> None:
-        """Remove these units from everything they are coupled to."""
-        channels = [unit * layer.unit_width + i for unit in units for i in range(layer.unit_width)]
-        self._group(root, channels).prune(record_history=False)
+    def remove(self, gone: Mapping[str, list[int]], progress: Progress) -> None:
+        """Remove units of layers, by their paths, from everything they are coupled to."""
+        learnable = {path: parameter.requires_grad for path, parameter in self._network.named_parameters()}
+        widths = head_widths(self._network)
+        with task(progress, "cut channels", len(gone)):
+            for root, layer in self._rooted:
+                if layer.path in gone:
+                    width = layer.unit_width
+                    channels = [unit * width + i for unit in gone[layer.path] for i in range(width)]
+                    self._group(root, channels).prune(record_history=False)
+                    progress.advance(note=layer.path)
+            cut_joint(self._network, self._joint, gone)
+        sync(self._network, widths)
+        for path, parameter in self._network.named_parameters():
+            parameter.requires_grad_(learnable[path])
 
     def _group(self, root: _Root, channels: Sequence[int]) -> Any:
         pruner = self._graph.get_pruner_of_module(root.module)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,8 @@ from exporter.errors import ComponentFailed
 from exporter.networks.probe import evaluating
 from exporter.progress import task
 from exporter.pruners.base import Context
-from exporter.tuning.checkpoint import Checkpoint, digest_of_tensors, read, write
+from exporter.tuning.checkpoint import Checkpoint, Sparing, digest_of_tensors
 from exporter.tuning.data import LatentData
-
-CHECKPOINT_SECONDS = 60.0
-"""Work of less time is done again after a kill."""
 
 
 def summed_gradients(
@@ -52,15 +48,15 @@ def summed_gradients(
     levels = torch.linspace(0, data.levels - 1, min(timesteps, data.levels)).round().long().tolist()
     weights = digest_of_tensors(network.state_dict())
     asked = digest_of_tensors({"latents": data.latents, "noise": noise, "prompt_of": data.prompt_of, **data.given})
-    kept = _Kept(context.workdir / "gradients.safetensors", digest_of([weights, asked, levels, threshold]))
+    kept = Sparing(context.workdir / "gradients.safetensors", digest_of([weights, asked, levels, threshold]))
     losses: list[float] = []
     with _differentiable(network), task(context.progress, "gradients", len(levels)):
-        losses += kept.restore(network)
+        losses += _restored(network, kept.read())
         context.progress.advance(len(losses))
         for level in levels[len(losses) :]:
             if not batch.add(network, level, losses, threshold):
                 break
-            kept.save(network, losses)
+            kept.offer(len(losses), partial(_sum_so_far, network, losses))
             context.progress.advance(note=f"loss {losses[-1]:.4f}")
         found = _gradients_of(network)
     facts = {"timesteps_used": len(losses), "timesteps_of": len(levels)}
@@ -114,31 +110,19 @@ class _MiniBatch:
         return loss * (len(chunk) / len(self.noise))
 
 
-@dataclass
-class _Kept:
-    """A checkpoint of the sum, at most one a minute."""
+def _restored(network: nn.Module, found: Checkpoint | None) -> list[float]:
+    """Give a network the gradients of a checkpoint; return the losses."""
+    if found is None:
+        return []
+    for name, value in found.part("gradient").items():
+        parameter = network.get_parameter(name)
+        parameter.grad = value.to(parameter)
+    return [float(loss) for loss in found.tensors["losses"]]
 
-    path: Path
-    key: str
-    written: float | None = None
 
-    def restore(self, network: nn.Module) -> list[float]:
-        self.written = time.monotonic()
-        found: Checkpoint | None = read(self.path, key=self.key)
-        if found is None:
-            return []
-        for name, value in found.part("gradient").items():
-            parameter = network.get_parameter(name)
-            parameter.grad = value.to(parameter)
-        return [float(loss) for loss in found.tensors["losses"]]
-
-    def save(self, network: nn.Module, losses: list[float]) -> None:
-        if time.monotonic() - (self.written or 0.0) < CHECKPOINT_SECONDS:
-            return
-        gradients = {f"gradient.{name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write(self.path, {"losses": torch.tensor(losses, dtype=torch.float64), **gradients}, key=self.key)
-        self.written = time.monotonic()
+def _sum_so_far(network: nn.Module, losses: list[float]) -> dict[str, Tensor]:
+    gradients = {f"gradient.{name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **gradients}
 
 
 def _gradients_of(network: nn.Module) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class Found:
             "skipped": dict(self.skipped),
             "weights_kept": round(kept, 6),
         }
-        return Outcome({**told, **facts}, claims)
+        return Outcome({**told, **facts}, sparsity=claims)
 
 
 def _claim(layer: SparseLayer) -> Pattern:

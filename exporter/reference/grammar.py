@@ -236,6 +236,7 @@ _PROMPT_SETS = {
     "shapes-validation": (1, 256, True),
     "shapes-calibration": (2, 256, False),
     "shapes-train": (3, 4096, False),
+    "shapes-test": (4, 2048, True),
 }
 
 
@@ -249,7 +250,7 @@ def prompt_set(name: str) -> list[str]:
     """Return one of the named prompt sets.
 
     ``shapes-validation``: 256 held-out prompts (seed 1). ``shapes-calibration``: 256 trained prompts (seed 2).
-    ``shapes-train``: 4,096 trained prompts (seed 3).
+    ``shapes-train``: 4,096 trained prompts (seed 3). ``shapes-test``: 2,048 held-out prompts (seed 4).
 
     Args:
         name: Name of the set.

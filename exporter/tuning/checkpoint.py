@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,34 @@ def read(path: Path, *, key: str) -> Checkpoint | None:
             return Checkpoint(int(facts["step"]), {name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     except SafetensorError:
         return None  # written by something else; making it again is always right
+
+
+SECONDS = 60.0
+"""Work of less time is done again after a kill."""
+
+
+class Sparing:
+    """A checkpoint that is replaced at most once a minute, and not at all by work that ends before.
+
+    Args:
+        path: a safetensors file; its folder is made.
+        key: of everything that the tensors depend on; see `read`.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key, self._written = path, key, time.monotonic()
+
+    def read(self) -> Checkpoint | None:
+        """Return what an interrupted run left; see `read`."""
+        return read(self._path, key=self._key)
+
+    def offer(self, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Write the tensors where a minute has passed since the last time."""
+        if time.monotonic() - self._written < SECONDS:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write(self._path, tensors(), key=self._key, step=step)
+        self._written = time.monotonic()
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

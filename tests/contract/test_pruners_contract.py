@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from exporter.errors import RecipeError
 from exporter.networks.probe import run_probe
 from exporter.networks.sparsity import load_claims
 from exporter.networks.storage import load_network, load_surgery, save_network
@@ -80,7 +81,7 @@ def build(cls):
 
 
 CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel")
-LITTLE = {"images": 2, "timesteps": 2}
+LITTLE = {"images": 2, "timesteps": 2, "steps": 1, "sampler_steps": 2}
 """As little work as a method that takes these options can be given."""
 
 
@@ -123,7 +124,8 @@ def classes(name):
     return CLASSES[:1] if "prompts" in known(name) else CLASSES
 
 
-METHODS = [name for name in PRUNERS if "keep_ratio" in known(name)]
+SCHEDULING = [name for name in PRUNERS if hasattr(pruner(name).options, "of_sampling")]
+METHODS = [name for name in PRUNERS if "keep_ratio" in known(name) and name not in SCHEDULING]
 """What a keep ratio steers; the others hold to the same in tests of their own."""
 
 CASES = [(name, variant, cls) for name in METHODS for variant in variants(name) for cls in classes(name)]
@@ -232,3 +234,37 @@ def test_two_stages_in_a_row_equal_one_record(name, context, options):
     rebuilt.load_state_dict(network.state_dict(), strict=True)
     assert torch.equal(run_probe(rebuilt)["out_sample"], run_probe(network)["out_sample"])
     assert alive(network) < alive(middle)
+
+
+@pytest.mark.parametrize("name", SCHEDULING)
+def test_a_method_that_schedules_steps_leaves_network_and_library_as_they_are(name, tiny_loan, tmp_path):
+    network = load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
+    before, classes = Snapshot.of(network), {cls: dict(vars(cls)) for cls in (UNet2DConditionModel, torch.nn.Module)}
+    weights, answers = copy.deepcopy(network.state_dict()), run_probe(network)
+    state = torch.get_rng_state()
+    method, given = (
+        pruner(name),
+        {"prompts": str(tiny_loan.folder.parent / "prompts.txt"), "images": 1, "iterations": 1},
+    )
+    known = {field.name for field in dataclasses.fields(method.options)}
+    options = method.options(**{key: value for key, value in given.items() if key in known})
+    found = [
+        method(options).prune(network, Context(torch.Generator().manual_seed(0), Silent(), tmp_path, tiny_loan))
+        for _ in range(2)
+    ]
+    assert diff(before, network).is_empty
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert torch.equal(run_probe(network)["out_sample"], answers["out_sample"])
+    assert found[0] == found[1]
+    assert found[0].schedule is not None
+    assert json.loads(json.dumps(found[0].facts)) == found[0].facts
+
+
+@pytest.mark.parametrize("name", SCHEDULING)
+@pytest.mark.parametrize("cls", ["AutoencoderKL", "CLIPTextModel"])
+def test_a_method_that_schedules_steps_says_which_networks_it_is_for(name, cls, tiny_loan, tmp_path):
+    lent = Context(torch.Generator(), Silent(), tmp_path, tiny_loan)
+    with pytest.raises(RecipeError, match=f"schedules of steps are for U-Nets; got {cls}"):
+        pruner(name)(pruner(name).options()).prune(build(cls), lent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,31 @@ import torch
 import torch.nn.functional as F
 from tiny_families import MAKERS
 
+from calibration import calling
 from exporter.loan import DenseLoan
 from exporter.networks.components import denoiser
-from exporter.networks.probe import run_probe
+from exporter.networks.inputs import as_arguments
+from exporter.networks.probe import probe_inputs, run_probe
 from exporter.networks.storage import load_network
-from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.surgery import Snapshot, diff, replay
 from exporter.progress import Silent
 from exporter.pruners import pruner
 from exporter.pruners.base import Context
+from exporter.pruners.ecodiff import EcoDiff, EcoDiffOptions
 from exporter.pruners.gradients import summed_gradients
+from exporter.pruners.masks import maskables, masked_weights, remove_masked
+from exporter.pruners.trajectory import Trajectory, gradient_along
 
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 
 
 def prompts_of(loan: DenseLoan) -> str:
     return str(loan.folder.parent / "prompts.txt")
+
+
+def named(family: str, loan: DenseLoan) -> str | None:
+    """Prompts for those that do not draw without being asked."""
+    return None if family in ("DDPMPipeline", "DDIMPipeline") else prompts_of(loan)
 
 
 @each_family
@@ -36,8 +48,7 @@ def test_diff_pruning_prunes_it(family: str, cut: str, loan_of: Callable[[str], 
     before, size = Snapshot.of(network), sum(parameter.numel() for parameter in network.parameters())
     method = pruner("diff-pruning")
     options: dict[str, Any] = {"keep_ratio": 0.6, "round_to": 4, "cut": cut, "images": 2, "timesteps": 3}
-    if family not in ("DDPMPipeline", "DDIMPipeline"):  # those draw without being asked
-        options["prompts"] = prompts_of(loan)
+    options["prompts"] = named(family, loan)
     context = Context(torch.Generator().manual_seed(0), Silent(), tmp_path, loan)
     facts = method(method.options(**options)).prune(network, context).facts
     assert facts["timesteps_of"] == 3
@@ -82,3 +93,124 @@ def test_a_class_model_is_asked_for_classes(loan_of: Callable[[str], DenseLoan])
         drawn = pipeline.vae.decode(data.latents / pipeline.vae.config.scaling_factor).sample
     pixels = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(pixels, torch.as_tensor(wanted), rtol=1e-3, atol=1e-4)
+
+
+@each_family
+def test_a_trajectory_is_what_the_pipeline_draws(
+    family: str, loan_of: Callable[[str], DenseLoan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same noise, with the same solver of one step; for a consistency model with the same noise between."""
+    loan = loan_of(family)
+    pipeline, texts = loan.pipeline(), loan.texts(named(family, loan)) * 2
+    drawing = dataclasses.replace(loan.drawing, steps=2)
+    trajectory = Trajectory.of(pipeline, loan.form, texts[:2], drawing, seed=11)
+    noise = trajectory.noise(torch.Generator().manual_seed(0))
+    network = getattr(pipeline, loan.form.denoiser)
+    seen = trajectory.run(noise, lambda feeds: network(**feeds)[0])
+    ends: list[torch.Tensor] = []
+    step = type(pipeline.scheduler).step
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if family == "LatentConsistencyModelPipeline":
+            kwargs["generator"] = torch.Generator("cpu").manual_seed(11 + len(ends))
+        found = step(self, *args, **kwargs)
+        ends.append(found[0] if isinstance(found, tuple) else found.prev_sample)
+        return found
+
+    monkeypatch.setattr(type(pipeline.scheduler), "step", watched)
+    form = loan.form
+    if family in ("DDPMPipeline", "DDIMPipeline", "DiTPipeline"):  # those take no latents
+        drawn = sys.modules[type(pipeline).__module__]
+        monkeypatch.setattr(drawn, "randn_tensor", lambda *args, **kwargs: noise)
+    else:
+        form = dataclasses.replace(form, extra={**form.extra, "latents": noise})
+    calling.draw(pipeline, form, texts[:2], [0, 1], drawing)
+    assert len(ends) == len(seen) - 1 == 2
+    wanted = ends[-1].chunk(2)[0] if family == "DiTPipeline" else ends[-1]  # which steps both rows alike
+    torch.testing.assert_close(seen[-1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@each_family
+def test_what_is_masked_and_what_is_removed_answer_alike(family: str, loan_of: Callable[[str], DenseLoan]) -> None:
+    part = denoiser(family)
+    network = load_network(loan_of(family).dense.path / part.folder, cls=part.cls)
+    options = EcoDiffOptions(keep_ratio=0.5, round_to=1)
+    found = maskables(network, options.cut, options.parts)
+    sizes = [item.layer.units for item in found]
+    masks = (torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    parts = torch.split(masks, sizes)
+    for item, mask in zip(found, parts, strict=True):
+        if float(mask.sum()) < item.least:
+            mask[0] = 1
+    for part_name in ("heads", "neurons"):  # one of each goes whole where that can be
+        whole = [
+            mask for item, mask in zip(found, parts, strict=True) if item.layer.part == part_name and not item.least
+        ]
+        if whole:
+            whole[-1].zero_()
+    assert {item.layer.part for item in found} == KINDS.get(family, {"heads", "neurons"})
+    feeds = as_arguments(probe_inputs(network))
+    before, size = Snapshot.of(network), sum(parameter.numel() for parameter in network.parameters())
+    with torch.no_grad():
+        wanted = torch.func.functional_call(network, masked_weights(network, found, masks), (), feeds)[0]
+        gone = [[unit for unit, value in enumerate(mask) if not value] for mask in parts]
+        emptied = remove_masked(network, found, gone, options.cut, Silent())
+        torch.testing.assert_close(network(**feeds)[0], wanted, rtol=1e-4, atol=1e-5)
+    assert len(emptied) >= 1
+    assert sum(parameter.numel() for parameter in network.parameters()) < size
+    record = diff(before, network)
+    rebuilt = load_network(loan_of(family).dense.path / part.folder, cls=part.cls)
+    replay(rebuilt, record)
+    rebuilt.load_state_dict(network.state_dict(), strict=True)
+    assert torch.equal(run_probe(rebuilt)["out_sample"], run_probe(network)["out_sample"])
+
+
+KINDS = {"FluxPipeline": {"heads", "neurons", "modulations"}, "DDPMPipeline": {"heads"}, "DDIMPipeline": {"heads"}}
+
+
+@pytest.mark.parametrize("family", ["LatentConsistencyModelPipeline", "FluxPipeline"])
+def test_the_gradient_along_its_steps_is_that_of_one_graph(family: str, loan_of: Callable[[str], DenseLoan]) -> None:
+    loan, part = loan_of(family), denoiser(family)
+    network = load_network(loan.dense.path / part.folder, cls=part.cls)
+    drawing = dataclasses.replace(loan.drawing, steps=3)
+    trajectory = Trajectory.of(loan.pipeline(), loan.form, ["a cat", "a dog"], drawing, seed=7)
+    options = EcoDiffOptions()
+    found = maskables(network, options.cut, options.parts)
+    masks = torch.rand(sum(item.layer.units for item in found), generator=torch.Generator().manual_seed(0))
+    noise = trajectory.noise(torch.Generator().manual_seed(1))
+
+    def answering(values: torch.Tensor) -> Callable[[dict[str, Any]], torch.Tensor]:
+        weights = masked_weights(network, found, values)
+        return lambda feeds: torch.func.functional_call(network, weights, (), feeds)[0]
+
+    loss, slope = gradient_along(trajectory, noise, masks, answering, lambda last: last.square().mean())
+    leaf = masks.clone().requires_grad_()
+    latents = noise
+    for index in range(3):
+        latents = trajectory.step(index, latents, answering(leaf))
+    whole = latents.square().mean()
+    (wanted,) = torch.autograd.grad(whole, [leaf])
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
+    torch.testing.assert_close(slope, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@each_family
+def test_ecodiff_prunes_it(family: str, loan_of: Callable[[str], DenseLoan], tmp_path: Path) -> None:
+    loan, part = loan_of(family), denoiser(family)
+    network = load_network(loan.dense.path / part.folder, cls=part.cls)
+    options = EcoDiffOptions(
+        prompts=named(family, loan), images=2, keep_ratio=0.6, round_to=4, steps=2, sampler_steps=2
+    )
+    context = Context(torch.Generator().manual_seed(0), Silent(), tmp_path, loan)
+    before = Snapshot.of(network)
+    facts = EcoDiff(options).prune(network, context).facts
+    assert facts["maskable_kept"] == pytest.approx(0.6, abs=0.1)
+    assert facts["solver"] == SOLVERS.get(family, "DDIMScheduler")
+    assert not diff(before, network).is_empty
+
+
+SOLVERS = {
+    "LatentConsistencyModelPipeline": "LCMScheduler",
+    "StableDiffusion3Pipeline": "FlowMatchEulerDiscreteScheduler",
+    "FluxPipeline": "FlowMatchEulerDiscreteScheduler",
+}

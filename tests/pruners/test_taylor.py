@@ -20,6 +20,7 @@ from exporter.pruners.diff_pruning import SCORES, DiffPruning, DiffPruningOption
 from exporter.pruners.gradients import summed_gradients
 from exporter.pruners.ranking import kept_units, removed_units
 from exporter.pruners.taylor import Taylor, TaylorOptions, total_of_terms
+from exporter.tuning import checkpoint
 
 LEVELS = [0, 333, 666, 999]
 
@@ -206,7 +207,7 @@ def test_nothing_but_weights_is_left_behind(denoiser, data, lent):
 
 def test_a_killed_sum_goes_on_where_it_was(denoiser, data, lent, monkeypatch):
     wanted, facts = summed_gradients(denoiser, data, 4, 0.0, lent())
-    monkeypatch.setattr(gradients, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     real, passed = gradients._MiniBatch.add, []
 
     def add(self, network, level, losses, threshold):

@@ -110,7 +110,12 @@ def test_scenes_are_deterministic_and_on_their_side(held_out):
 
 @pytest.mark.parametrize(
     ("name", "count", "held_out"),
-    [("shapes-validation", 256, True), ("shapes-calibration", 256, False), ("shapes-train", 4096, False)],
+    [
+        ("shapes-validation", 256, True),
+        ("shapes-calibration", 256, False),
+        ("shapes-train", 4096, False),
+        ("shapes-test", 2048, True),
+    ],
 )
 def test_prompt_sets(name, count, held_out):
     prompts = prompt_set(name)

@@ -1,0 +1,68 @@
+"""What the bench was set up to find out: its bars, and claims of the papers, each answered by the measured rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from exporter.pruner_bench.rows import Row
+
+_MOST_POINTS_LOST = 3.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement and what became of it.
+
+    Attributes:
+        text: the statement.
+        holds: None where it was not measured.
+        told: the numbers.
+    """
+
+    text: str
+    holds: bool | None
+    told: str
+
+    def line(self) -> str:
+        """Return it as one line."""
+        verdict = {True: "holds", False: "does not hold", None: "not measured"}[self.holds]
+        return f"{self.text}: **{verdict}**. {self.told}"
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Return every statement that the rows answer."""
+    measured = [row for row in rows if row.status == "ok"]
+    return [_best_loses_little(measured), *_informed_beat_random(measured)]
+
+
+def _best_loses_little(rows: Sequence[Row]) -> Claim:
+    text = f"the best method at the lowest latency, recovered, loses at most {_MOST_POINTS_LOST:g} points"
+    targets = [row.target for row in rows if row.target is not None]
+    recovered = [row for row in rows if targets and row.target == min(targets) and row.recovery]
+    if not recovered:
+        return Claim(text, None, "No row is recovered.")
+    longest = max(row.recovery for row in recovered)
+    best = max((row for row in recovered if row.recovery == longest), key=lambda row: row.values["judge_rate"].value)
+    change = best.values["judge_change"]
+    assert change.low is not None
+    told = f"{best.name} after {longest:,} steps: {change.value:+.1f} points, its interval from {change.low:+.1f}."
+    return Claim(text, change.low >= -_MOST_POINTS_LOST, told)
+
+
+def _informed_beat_random(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Compare each informed method with the best seed of the random one of its kind and latency, before recovery."""
+    kinds = sorted({(row.kind, row.target or 0.0) for row in rows if row.informed})
+    for kind, target in kinds:
+        here = [row for row in rows if (row.kind, row.target or 0.0) == (kind, target) and not row.recovery]
+        here = [row for row in here if "psnr_mean_db" in row.values]
+        chance = [row.values["psnr_mean_db"].value for row in here if row.name.startswith("random")]
+        informed = [row for row in here if row.informed and row.seed == 0]
+        if not chance or not informed:
+            continue
+        worse = [row.name for row in informed if row.values["psnr_mean_db"].value <= max(chance)]
+        size = f"at {target:g}x" if target else "of one size"
+        told = f"random reaches {max(chance):.1f} dB at best" + (
+            f"; not beaten by {', '.join(worse)}." if worse else "."
+        )
+        yield Claim(f"every informed method that removes {kind} beats random {size}, before recovery", not worse, told)

@@ -1,0 +1,204 @@
+"""One contestant as a recipe: pruned, recovered, compiled, measured; and what the bench takes from the report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exporter.artifact import write_text
+from exporter.errors import ComponentFailed
+from exporter.metrics.measurement import Measurement
+from exporter.progress import Progress
+from exporter.pruner_bench.rows import Value
+from exporter.recipe import Recipe, read_recipe
+from exporter.report.record import CellRecord, RunRecord, StateRecord
+
+TARGET = "openvino"
+DENSE = "0-dense"
+_LINKED = ("states/0-dense", "recordings", "lowered", "engines/0-dense", "cells/0-dense", "images/0-dense")
+"""What every run has alike; made once and linked."""
+_HEAVY = ("engines", "lowered", "images", "recordings")
+"""What a finished run is rid of."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a bench share.
+
+    Attributes:
+        out: folder of the bench.
+        images: prompts that are drawn and judged.
+        prompts: the set that they come from.
+        tuning: prompts of methods and of recovery.
+        batch: images at a time.
+        steps: denoising steps.
+        guidance: guidance scale.
+        size: image side in pixels.
+        source: of the recipe.
+        latency_seconds: budget of every latency.
+    """
+
+    out: Path
+    images: int
+    prompts: str = "shapes-test"
+    tuning: str = "shapes-train"
+    batch: int = 16
+    steps: int = 20
+    guidance: float = 4.0
+    size: int = 64
+    source: str = "reference:shapes"
+    latency_seconds: float = 20.0
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The recipe's sampling."""
+        return {
+            "scheduler": "dpm-solver++",
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "size": self.size,
+            "batch": self.batch,
+        }
+
+    def sentence(self) -> str:
+        """Say how the numbers were taken."""
+        return (
+            f"Embedded model ({self.source}), {self.images} prompts of {self.prompts}, one image each from seeds 0 on, "
+            f"DPM-Solver++ {self.steps} steps, guidance {self.guidance:g}, {self.size} px, OpenVINO f32, batch "
+            f"{self.batch}; latency is the ratio to the dense engine, taken in alternating pairs."
+        )
+
+    def recipe(self, folder: Path, stages: list[dict[str, Any]], seed: int) -> Recipe:
+        """Write the recipe of a run into its folder, and read it."""
+        content = {
+            "name": "bench",
+            "source": {"path": self.source},
+            "seed": seed,
+            "sampling": self.sampling,
+            "stages": stages,
+            "targets": {TARGET: {"type": "openvino", "precision": "f32"}},
+            "measure": {
+                "states": "all",
+                "prompts": self.prompts,
+                "images": self.images,
+                "calls": min(32, self.images),
+                "seed": 0,
+                "latency_seconds": self.latency_seconds,
+            },
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", yaml.safe_dump(content, sort_keys=False))
+        return read_recipe(folder / "recipe.yaml")
+
+    def recovery(self, steps: int) -> dict[str, Any]:
+        """Return the stage that recovers: the same for every contestant."""
+        samples = 256 if steps <= 1000 else 1024
+        options = {"batch": 16, "samples": samples, "learning_rate": 5e-4, "checkpoint_every": 100}
+        return {"tune": {"method": "distill", "steps": steps, "prompts": self.tuning, **options}}
+
+
+def run_stages(
+    folder: Path, stages: list[dict[str, Any]], seed: int, setting: Setting, progress: Progress
+) -> RunRecord:
+    """Carry out a recipe of these stages, on the dense state and recording that all runs share.
+
+    Raises:
+        ExporterError: a stage or a cell failed.
+    """
+    from exporter.run import run_recipe  # seconds to import
+
+    dense = setting.out / "runs" / "dense"
+    if folder != dense:
+        _link(dense, folder)
+    record = run_recipe(setting.recipe(folder, stages, seed), folder, progress=progress, ignore_memory=True)
+    failed = next((cell for cell in record.cells if cell.status != "ok"), None)
+    if failed is not None:
+        raise ComponentFailed(failed.error)
+    return record
+
+
+def drop_heavy(folder: Path) -> None:
+    """Remove what can be made again from the states of a finished run."""
+    for name in _HEAVY:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def values_of(cell: CellRecord, state: StateRecord, component: str) -> dict[str, Value]:
+    """Return what the bench takes from a cell and its state.
+
+    Args:
+        cell: measured.
+        state: what was measured.
+        component: the denoiser's name.
+    """
+    found: dict[str, Value] = {
+        "parameters": Value(value=state.parameters[component]),
+        "seconds": Value(value=state.seconds),
+    }
+    for item in cell.measurements:
+        if item.value is None:
+            continue
+        if item.component == component:
+            found |= dict(_of_denoiser(item))
+        elif item.component is None:
+            found |= dict(of_images(item))
+    return found
+
+
+def _of_denoiser(item: Measurement) -> Iterator[tuple[str, Value]]:
+    assert item.value is not None
+    if item.name == "fidelity.teacher_forced.psnr_db":
+        yield "psnr_worst_db", Value(value=item.value)
+        yield "psnr_mean_db", Value(value=item.detail["mean"])
+    elif item.name == "latency.loop_ms":
+        ratio = item.ratio
+        yield "latency_ratio", Value(value=ratio.value, low=ratio.low, high=ratio.high) if ratio else Value(value=1.0)
+    elif item.name == "size_bytes":
+        yield "size_bytes", Value(value=item.value)
+
+
+def of_images(item: Measurement) -> Iterator[tuple[str, Value]]:
+    """Yield what the bench takes from a measurement of images."""
+    assert item.value is not None
+    here = Value(value=item.value, low=item.low, high=item.high)
+    if item.name == "fidelity.image.ssim":
+        yield "ssim", here
+    elif item.name == "fidelity.kid":
+        yield "kid", here
+    elif item.name == "fidelity.judge_rate":
+        yield "judge_rate", here
+        if "lost_to_dense" in item.detail:
+            yield "judge_change", paired_change(item.detail)
+
+
+def paired_change(detail: Mapping[str, Any]) -> Value:
+    """Return by how many percentage points a rate differs from dense's on the same prompts, with a 95 % interval.
+
+    Args:
+        detail: ``of`` images, ``lost_to_dense`` and ``won_over_dense`` of them.
+
+    Source: the interval of a difference of paired proportions by the normal approximation (McNemar's setting).
+    """
+    count, lost, won = int(detail["of"]), int(detail["lost_to_dense"]), int(detail["won_over_dense"])
+    change = (won - lost) / count
+    spread = 1.96 * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0.0)) / count
+    return Value(value=100 * change, low=100 * (change - spread), high=100 * (change + spread))
+
+
+def _link(source: Path, folder: Path) -> None:
+    """Give a run hard links to what the dense run made; what is there already stays."""
+    for name in _LINKED:
+        target = folder / name
+        if (source / name).is_dir() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(source / name, staging, copy_function=os.link)
+            staging.rename(target)
