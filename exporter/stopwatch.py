@@ -93,16 +93,20 @@ class TargetStopwatch:
         """
         seen = self._watch(network, paths)
         by_key = {unit.key: (path, unit) for path, unit in seen.items()}
-        open_keys = sorted(key for key in by_key if key not in self._known(UNITS))
+        known = self._known(UNITS)
+        open_keys = sorted(key for key in by_key if key not in known)
         random.Random(_ORDER_SEED).shuffle(open_keys)
+        if not known and open_keys:  # the largest is the steadiest to compare the others with
+            largest = max(open_keys, key=lambda key: by_key[key][1].inputs.stat().st_size)
+            open_keys = [largest, *(key for key in open_keys if key != largest)]
         with task(self._progress, f"Time units on {self._column.name}", len(open_keys)) as told:
             for key in open_keys:
                 path, unit = by_key[key]
                 self._measured(UNITS, key, partial(self._build_unit, path, unit))
                 told.advance(note=path)
         shutil.rmtree(self._folder / "inputs", ignore_errors=True)
-        known = self._known(UNITS)
-        return {path: known[unit.key] for path, unit in seen.items()}
+        timed = self._known(UNITS)
+        return {path: timed[unit.key] for path, unit in seen.items()}
 
     def control(self) -> dict[str, tuple[float, float, float]]:
         """Return, for whole networks and for units, the ratio of one engine timed against itself: median, low, high."""
@@ -114,7 +118,7 @@ class TargetStopwatch:
         known = self._known(kind)
         if key in known:
             return known[key]
-        anchor = self._folder / f"first-{kind}"
+        anchor = self._folder / _anchor(kind)
         with self._engine(key, build) as engine:
             if not known:
                 self._keep(kind, key, *self._first(engine, anchor))
@@ -125,13 +129,17 @@ class TargetStopwatch:
         return self._known(kind)[key]
 
     def _first(self, engine: Path, anchor: Path) -> tuple[float, tuple[float, float, float]]:
-        """Keep the first engine of a kind; time it against itself."""
+        """Keep the first engine of a kind; time it against itself, and a unit against a whole network."""
         shutil.rmtree(anchor, ignore_errors=True)
         engine.replace(anchor)
         with self._opened(anchor) as mine, self._opened(anchor) as again:
             pairs = self._timer.interleaved(mine, again)
-        ratio = pairs.ratio("itself")
-        return pairs.a.median_ms, (round(ratio.value, 4), round(ratio.low, 4), round(ratio.high, 4))
+        ratio, ms = pairs.ratio("itself"), pairs.a.median_ms
+        whole = self._known(WHOLE)
+        if whole and anchor.name != _anchor(WHOLE):  # one scale for units and whole networks
+            with self._opened(anchor) as mine, self._opened(self._folder / _anchor(WHOLE)) as first:
+                ms = self._timer.interleaved(mine, first).ratio(WHOLE).value * next(iter(whole.values()))
+        return ms, (round(ratio.value, 4), round(ratio.low, 4), round(ratio.high, 4))
 
     @contextmanager
     def _engine(self, key: str, build: Callable[[Path], Feeds]) -> Iterator[Path]:
@@ -226,7 +234,7 @@ class TargetStopwatch:
     def _known(self, kind: str) -> dict[str, float]:
         """Return what is known by key, the first measured first; nothing where its engine is gone."""
         found: dict[str, float] = self._read()[kind]["ms"]
-        return found if (self._folder / f"first-{kind}").is_dir() else {}
+        return found if (self._folder / _anchor(kind)).is_dir() else {}
 
     def _keep(self, kind: str, key: str, ms: float, control: Sequence[float] = ()) -> None:
         every = self._read()
@@ -245,6 +253,10 @@ class _Unit:
     spec: TreeSpec
     constants: tuple[Any, ...]
     inputs: Path
+
+
+def _anchor(kind: str) -> str:
+    return f"first-{kind}"
 
 
 class _Alone(nn.Module):

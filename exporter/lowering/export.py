@@ -119,7 +119,7 @@ def export_function(
         weights={path.removeprefix(_PREFIX): tensor.numel() for path, tensor in net.state_dict().items()},
     )
     model.graph.name = name
-    _write(model, name, out, options, Held())
+    _write(model, name, out / MODEL_FILE, options, Held())
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -81,7 +81,7 @@ def build(cls):
 
 
 CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel")
-LITTLE = {"images": 2, "timesteps": 2, "steps": 1, "sampler_steps": 2}
+LITTLE = {"images": 2, "timesteps": 2, "sets": 2, "steps": 1, "sampler_steps": 2}
 """As little work as a method that takes these options can be given."""
 
 
