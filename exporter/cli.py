@@ -255,12 +255,14 @@ def list_targets(as_json: JsonOption = False) -> None:
 
 @app.command(name="pruners")
 def list_pruners(as_json: JsonOption = False) -> None:
-    """List pruning and tuning methods with their options."""
+    """List pruning and tuning methods with their options, and which method prunes which family."""
     from exporter.inspection import method_rows
+    from exporter.pruners.matrix import matrix, matrix_text
 
     rows = method_rows()
-    lines = [f"{row['stage']:<7}{row['method']:<14}{row['summary']}\n{'':<21}{row['options']}" for row in rows]
-    _show(rows, "\n".join(lines), as_json)
+    lines = [f"{row['stage']:<7}{row['method']:<21}{row['summary']}\n{'':<28}{row['options']}" for row in rows]
+    data = {"methods": rows, "families": matrix()}
+    _show(data, "\n".join([*lines, "", matrix_text()]), as_json)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
+from exporter.pruners.matrix import refusal
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
@@ -344,6 +345,12 @@ def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
             raise RecipeError(
                 f"stages[{index}].tune: cannot distil this family; got {facts.pipeline_class}, expected one with a "
                 "schedule of betas that draws from prompts. Remove the stage."
+            )
+        reason = refusal(stage.method, facts.pipeline_class) if stage.kind == "prune" else ""
+        if reason:
+            raise RecipeError(
+                f"stages[{index}].prune.method: {stage.method} does not prune {facts.pipeline_class}: {reason}. Choose "
+                "another method: `exporter pruners` lists which prunes what."
             )
         wanted = stage.options.get("component", "denoiser")
         if wanted not in names:

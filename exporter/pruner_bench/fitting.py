@@ -100,7 +100,9 @@ class Fitter:
             given["prompts"] = self.prompts
         options = options_from(method.options, given, "prune")
         network = copy.deepcopy(self.network)
-        workdir = self.folder / "work" / _plain(f"{contestant.name}-{value}-{seed}")
+        # What a method learns of a network before it cuts to a ratio serves every ratio.
+        by_ratio = contestant.knob is not None and contestant.knob.meaning == "keep"
+        workdir = self.folder / "work" / _plain(f"{contestant.name}-{'any' if by_ratio else value}-{seed}")
         workdir.mkdir(parents=True, exist_ok=True)
         context = Context(torch.Generator().manual_seed(seed), self.progress, workdir, self.loan)
         method(options).prune(network, context)

@@ -48,7 +48,7 @@ class Row(BaseModel):
     name: str
     kind: str
     informed: bool
-    target: float | None
+    target: float | None = None
     recovery: int
     seed: int
     status: Literal["ok", "not reachable", "failed"]

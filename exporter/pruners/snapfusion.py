@@ -223,7 +223,7 @@ class SnapFusion:
             batch=options.batch,
             learning_rate=options.learning_rate,
             feature_weight=0.0,
-            prompts=options.prompts,
+            prompts=options.prompts or "",  # families that are not asked have none
             samples=options.samples,
         )
         work = Work(context.workdir / "robust", context.progress, device_of("auto"), seed, during=dropping)

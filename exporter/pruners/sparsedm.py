@@ -175,7 +175,7 @@ def _distillation(options: SparseDMOptions) -> DistillOptions:
         feature_weight=0.0,
         task_weight=options.data_weight,
         ema=options.ema,
-        prompts=options.prompts,
+        prompts=options.prompts or "",  # families that are not asked have none
         samples=options.samples,
         checkpoint_every=options.checkpoint_every,
     )

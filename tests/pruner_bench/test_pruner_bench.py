@@ -1,0 +1,157 @@
+"""The bench of methods: the search for a latency, rows that resume, the table, and claims that can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from exporter.errors import ArtifactError, RecipeError
+from exporter.pruner_bench import compare_pruners
+from exporter.pruner_bench.claims import claims
+from exporter.pruner_bench.contestants import CONTESTANTS, chosen
+from exporter.pruner_bench.fitting import TOLERANCE, search
+from exporter.pruner_bench.page import write_pages
+from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
+from exporter.pruner_bench.running import paired_change
+from exporter.pruner_bench.table import markdown, spread
+from exporter.pruners import PRUNERS, pruner
+from exporter.validation import options_from
+
+
+def row(name, kind="channels", **changes):
+    values = {
+        "latency_ratio": Value(value=0.5, low=0.49, high=0.51),
+        "psnr_mean_db": Value(value=30.0),
+        "psnr_worst_db": Value(value=25.0),
+        "judge_rate": Value(value=0.9, low=0.88, high=0.92),
+        "judge_change": Value(value=-2.0, low=-2.9, high=-1.1),
+    }
+    plain = {"target": 0.5, "recovery": 0, "seed": 0, "status": "ok", "informed": True, "key": "k"}
+    return Row(name=name, kind=kind, values=changes.pop("values", values), **{**plain, **changes})
+
+
+@pytest.mark.parametrize("target", [0.75, 0.5, 0.3])
+def test_the_search_ends_near_the_latency_that_is_asked_for(target):
+    """Latency of a network whose keep ratio moves in steps, with a part that stays."""
+    found = search(lambda value: 0.2 + 0.8 * math.floor(value * 64) / 64, target, 0.05)
+    assert found.value is not None
+    assert target - TOLERANCE <= found.ratio <= target + TOLERANCE / 3
+
+
+def test_steps_that_jump_over_the_latency_give_the_nearest_below():
+    found = search(lambda value: 0.9 if value > 0.5 else 0.6, 0.75, 0.1)
+    assert found.ratio == 0.6
+    assert "nearest" in found.note
+
+
+def test_what_cannot_be_reached_says_the_least():
+    found = search(lambda value: 0.82 + 0.18 * value**4, 0.5, 0.1)
+    assert found.value is None
+    assert found.note == "not reachable: 0.82x"
+    assert len(found.tried) <= 9
+
+
+def test_a_ratio_that_removes_nothing_counts_as_dense():
+    def ratio(value):
+        if value > 0.4:
+            raise RecipeError("removes nothing")
+        return 0.5
+
+    assert search(ratio, 0.5, 0.1).ratio == 0.5
+
+
+def test_every_contestant_is_a_recipe_of_its_method():
+    for contestant in CONTESTANTS:
+        if contestant.method == "fewer-steps":
+            continue
+        values = (None,) if contestant.knob is None else (contestant.knob.values or (0.5,))
+        for value in values:
+            given = dict(contestant.stage(value)["prune"])
+            method = pruner(given.pop("method"))
+            assert options_from(method.options, given, "prune") is not None
+    assert {contestant.method for contestant in CONTESTANTS} == {*PRUNERS, "fewer-steps"}
+    assert len({contestant.name for contestant in CONTESTANTS}) == len(CONTESTANTS)
+
+
+def test_a_kind_with_informed_lines_has_a_random_one():
+    for kind in ("channels", "blocks", "zeros"):
+        assert any(c.kind == kind and c.name.startswith("random") and not c.informed for c in CONTESTANTS)
+
+
+def test_rows_are_found_again_by_what_they_depend_on(tmp_path):
+    one = row("taylor", target=None)
+    keep_row(one, tmp_path)
+    assert read_rows(tmp_path) == [one]
+    assert find(read_rows(tmp_path), one.model_copy(update={"values": {}})) == one
+    assert find(read_rows(tmp_path), one.model_copy(update={"key": "other"})) is None
+    next((tmp_path / "rows").iterdir()).write_text("{")
+    with pytest.raises(ArtifactError, match=r"no row of a bench.*Delete it"):
+        read_rows(tmp_path)
+
+
+def test_the_paired_change_is_that_of_the_counts():
+    """100 of 1,000 lost, 60 won: McNemar's standard error of the difference, by hand."""
+    found = paired_change({"of": 1000, "lost_to_dense": 100, "won_over_dense": 60})
+    assert found.value == pytest.approx(-4.0)
+    spread_points = 100 * 1.96 * math.sqrt(160 - 40**2 / 1000) / 1000
+    assert (found.low, found.high) == (pytest.approx(-4 - spread_points), pytest.approx(-4 + spread_points))
+
+
+def test_seeds_are_shown_as_mean_and_range():
+    assert spread([1.0, 2.0, 3.0], ".1f") == "2.0 (1.0 to 3.0)"
+    assert spread([2.0, 2.0], ".1f") == "2.0"
+    assert spread([], ".1f") == "-"
+
+
+def test_the_table_has_a_line_for_what_was_not_reached_and_what_failed():
+    rows = [
+        row("random", seed=seed, values={"latency_ratio": Value(value=0.5), "psnr_mean_db": Value(value=20.0 + seed)})
+        for seed in range(3)
+    ]
+    rows += [row("ecodiff", status="not reachable", note="not reachable: 0.82x", values={})]
+    rows += [row("wanda", status="failed", note="a | bar\nand a line", values={})]
+    text = markdown(rows)
+    assert "at 0.5x of dense's loop, before recovery" in text
+    assert "| random | 0.50 | - | 21.0 (20.0 to 22.0) / - |" in text
+    assert "| ecodiff | not reachable: 0.82x |" in text
+    assert "| wanda | failed: a / bar and a line |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_claims_follow_from_the_rows_and_can_fail():
+    good = [row("random", informed=False, values={"psnr_mean_db": Value(value=20.0)}), row("taylor")]
+    assert [claim.holds for claim in claims(good)] == [None, True]
+    bad = [row("random", informed=False, values={"psnr_mean_db": Value(value=31.0)}), row("taylor")]
+    found = claims([*bad, row("taylor", recovery=300)])
+    assert [claim.holds for claim in found] == [True, False]
+    assert "not beaten by taylor" in found[1].told
+    values = {"judge_rate": Value(value=0.9), "judge_change": Value(value=-2.5, low=-3.4, high=-1.6)}
+    assert claims([row("taylor", recovery=300, values=values)])[0].holds is False
+
+
+def test_pages_show_every_row_and_nothing_from_outside(tmp_path):
+    rows = [row("dense", kind="dense", target=None), row("taylor"), row("<script>", kind="blocks")]
+    write_pages(rows, "how it was taken", tmp_path)
+    page = (tmp_path / "bench.html").read_text()
+    assert "how it was taken" in page
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page.replace("&lt;script", "")
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert [Row.model_validate(one) for one in kept["rows"]] == rows
+    assert "before recovery" in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "half", "1.5", "0.5,0"])
+def test_latencies_that_are_none_are_refused(text, tmp_path):
+    with pytest.raises(RecipeError, match=r"--latencies: got .* Write --latencies 0\.75,0\.5"):
+        compare_pruners(tmp_path, names=None, latencies=text, images=16, seeds=1, recovery=(0, 0), progress=None)
+
+
+def test_unknown_contestants_are_refused_with_the_nearest():
+    assert [contestant.name for contestant in chosen(("taylor", "random"))] == ["random", "taylor"]
+    with pytest.raises(RecipeError, match=r"bench pruners: got 'tailor', expected .*Did you mean 'taylor'"):
+        chosen(("tailor",))
