@@ -15,6 +15,8 @@ import pytest
 
 from exporter.recipe import read_recipe, recipe_names
 
+GROUPS = ("bench",)
+"""Commands that have commands of their own."""
 EXPORTER = Path(sys.executable).with_name("exporter")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)|<(?:img|source)[^>]*\bsrc(?:set)?=\"([^\"]+)\"")
@@ -46,6 +48,8 @@ def test_subcommands_and_options_exist(commands: list[list[str]]) -> None:
         subcommand = given[0] if given and not given[0].startswith("-") else ""
         if subcommand:
             assert subcommand in _subcommands(), words
+        if subcommand in GROUPS:
+            subcommand = f"{subcommand} {given[1]}"
         known = _options(subcommand)
         unknown = [word for word in given if re.match(r"--?[a-zA-Z]", word) and word.split("=")[0] not in known]
         assert not unknown, f"{shlex.join(words)}: {unknown} is not in exporter {subcommand} --help"
@@ -104,7 +108,7 @@ def _words(line: str) -> list[str]:
 
 @cache
 def _help(subcommand: str) -> str:
-    command = [EXPORTER, *([subcommand] if subcommand else []), "--help"]
+    command = [EXPORTER, *subcommand.split(), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout

@@ -35,9 +35,13 @@ def test_lists_are_json_when_asked(call: Any) -> None:
     rows = json.loads(call("targets", "--json")[1])
     assert {"onnxruntime", "openvino"} <= {row["type"] for row in rows}
     assert all(row["state"] in ("ready", "builds only", "missing") for row in rows)
-    methods = json.loads(call("pruners", "--json")[1])
-    assert {"random", "magnitude", "distill"} <= {row["method"] for row in methods}
-    assert "keep_ratio (required)" in call("pruners")[1]
+    found = json.loads(call("pruners", "--json")[1])
+    assert {"random", "magnitude", "distill"} <= {row["method"] for row in found["methods"]}
+    assert found["families"]["bk-sdm"]["FluxPipeline"]
+    assert not found["families"]["magnitude"]["FluxPipeline"]
+    said = call("pruners")[1]
+    assert "keep_ratio (required)" in said
+    assert "not supported: its presets remove layers of UNet2DConditionModel" in said
 
 
 def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(call: Any) -> None:
