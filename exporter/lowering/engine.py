@@ -192,7 +192,7 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         if schedule is not None:
             return _export_scheduled(component, (bare, weights, schedule), source, out, options, shop)
         export_component(name, part_of(component, bare), out, options, weights=weights)
-        zeros = check_zeros(out / "model.onnx", load_claims(source), name)
+        zeros = check_zeros([out / "model.onnx"], load_claims(source), name)
         started = time.monotonic()
         calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
         feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
@@ -215,15 +215,18 @@ def _export_scheduled(
 ) -> Mapping[str, Any]:
     """Export every pattern of a schedule; `parts` are the network without weights, where these lie, the schedule."""
     from exporter.lowering.scheduled import check_patterns, export_patterns  # seconds to import
+    from exporter.lowering.zeros import check_zeros
+    from exporter.networks.sparsity import load_claims
     from exporter.networks.storage import load_network
 
     bare, weights, schedule = parts
     export_patterns(component, bare, weights, schedule, out, options)
+    zeros = check_zeros(sorted(out.glob("pattern-*.onnx")), load_claims(source), component.name)
     started = time.monotonic()
     network, rows = load_network(source, cls=component.cls), range(shop.sampling["batch"])
     parity = check_patterns(component, network, schedule, shop.recording, out, rows, PARITY_CALLS)
     shop.took("parity", time.monotonic() - started)
-    return {"component": component.name, "parity": parity}
+    return {"component": component.name, "parity": parity, "zeros": zeros}
 
 
 def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:

@@ -7,6 +7,7 @@ are counted along the axis that the operator sums over.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from exporter.networks.sparsity import MAX_GROUP, Claims, Pattern, broken, state
 _OPERATORS = ("Conv", "Gemm", "MatMul")
 
 
-def check_zeros(path: Path, claims: Claims, component: str) -> dict[str, int]:
-    """Check every claim on the initializers of a graph, after constant folding.
+def check_zeros(paths: Iterable[Path], claims: Claims, component: str) -> dict[str, int]:
+    """Check every claim on the initializers of graphs, after constant folding.
 
     Args:
-        path: the ONNX file, external data beside it.
+        paths: the ONNX files of one network, external data beside them; each claimed layer is in one of them at least.
         claims: of the network that was exported.
         component: its name, for messages.
 
@@ -39,9 +40,10 @@ def check_zeros(path: Path, claims: Claims, component: str) -> dict[str, int]:
     if not claims:
         return {"layers": 0, "operators": 0}
     readers: dict[str, list[ir.Node]] = {}
-    for node in ir.load(path).graph:
-        if node.op_type in _OPERATORS:
-            readers.setdefault((node.name or "").rpartition("/")[0], []).append(node)
+    for path in paths:
+        for node in ir.load(path).graph:
+            if node.op_type in _OPERATORS:
+                readers.setdefault((node.name or "").rpartition("/")[0], []).append(node)
     operators = 0
     for name, pattern in claims.items():
         nodes = readers.get(name.removesuffix(".weight"), [])

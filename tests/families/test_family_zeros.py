@@ -33,5 +33,5 @@ def test_a_transformer_keeps_its_pattern_in_the_exported_graph(
     assert set(outcome.facts["skipped"]) >= {"pos_embed.proj"}
     assert len(outcome.sparsity) > 15
     export_component("transformer", network, tmp_path, ExportOptions(latent=8, tokens=8))
-    found = check_zeros(tmp_path / MODEL_FILE, outcome.sparsity, "transformer")
+    found = check_zeros([tmp_path / MODEL_FILE], outcome.sparsity, "transformer")
     assert found["operators"] >= len(outcome.sparsity)

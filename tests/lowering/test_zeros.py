@@ -16,6 +16,8 @@ from exporter.errors import ComponentFailed
 from exporter.lowering.export import MODEL_FILE, ExportOptions, export_component
 from exporter.lowering.stored import stored_weights
 from exporter.lowering.zeros import check_zeros
+from exporter.networks.cuts import Cut
+from exporter.networks.schedule import Pattern
 from exporter.networks.storage import open_bare, save_network
 from exporter.networks.surgery import Surgery
 from exporter.progress import Silent
@@ -41,9 +43,9 @@ def unet():
         torch.manual_seed(4)
         return UNet2DConditionModel(
             sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            block_out_channels=(32,),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(32, 32),
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=4,
@@ -70,7 +72,7 @@ def test_every_masked_layer_of_a_small_network_keeps_its_pattern(exported):
     path, claims = exported
     assert len(claims) > 40
     assert {LINEAR, CONV, TIME} <= set(claims)
-    found = check_zeros(path, claims, "unet")
+    found = check_zeros([path], claims, "unet")
     assert found["layers"] == len(claims) <= found["operators"]
     # By numpy, on the layer whose weight the export transposed: inputs are the first axis now.
     held = initializers(path)
@@ -94,7 +96,7 @@ def test_every_masked_layer_of_weights_outside_of_the_graph_keeps_its_pattern(un
     assert any(
         tensor.external_data for tensor in onnx.load(str(out / MODEL_FILE), load_external_data=False).graph.initializer
     )
-    assert check_zeros(out / MODEL_FILE, claims, "unet")["layers"] == len(claims)
+    assert check_zeros([out / MODEL_FILE], claims, "unet")["layers"] == len(claims)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_lost_zero_names_the_layer(exported, held, claimed, tmp_path):
     tensor.CopyFrom(numpy_helper.from_array(array, held))
     onnx.save(model, str(tmp_path / "model.onnx"))
     with pytest.raises(ComponentFailed, match=rf"unet: {claimed}: 2:4 sparse in the state, but not in the exported gr"):
-        check_zeros(tmp_path / "model.onnx", claims, "unet")
+        check_zeros([tmp_path / "model.onnx"], claims, "unet")
 
 
 def test_a_weight_transposed_without_its_reader_is_noticed(exported, tmp_path):
@@ -123,25 +125,40 @@ def test_a_weight_transposed_without_its_reader_is_noticed(exported, tmp_path):
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(square.T), tensor.name))
     onnx.save(model, str(tmp_path / "model.onnx"))
     with pytest.raises(ComponentFailed, match=r"attn1\.to_q\.weight: 2:4 sparse in the state"):
-        check_zeros(tmp_path / "model.onnx", claims, "unet")
+        check_zeros([tmp_path / "model.onnx"], claims, "unet")
 
 
 def test_a_claim_of_a_layer_that_is_not_in_the_graph_is_lost(exported):
     with pytest.raises(
         ComponentFailed, match=r"gone\.weight: 50 % unstructured sparse .* no Conv, Gemm, MatMul of that"
     ):
-        check_zeros(exported[0], {"gone.weight": (50, 100)}, "unet")
+        check_zeros([exported[0]], {"gone.weight": (50, 100)}, "unet")
 
 
 def test_unstructured_zeros_are_counted(exported):
     path, _ = exported
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in onnx.load(str(path)).graph.initializer}
-    assert check_zeros(path, {CONV: (sizes[CONV] // 2, sizes[CONV])}, "unet")["layers"] == 1
+    assert check_zeros([path], {CONV: (sizes[CONV] // 2, sizes[CONV])}, "unet")["layers"] == 1
     with pytest.raises(ComponentFailed, match=r"conv2\.weight: .* got \d+ numbers that are not zero"):
-        check_zeros(path, {CONV: (sizes[CONV] // 2 - 1, sizes[CONV])}, "unet")
+        check_zeros([path], {CONV: (sizes[CONV] // 2 - 1, sizes[CONV])}, "unet")
     with pytest.raises(ComponentFailed, match=r"conv2\.weight: .* got \d+ numbers, expected"):
-        check_zeros(path, {CONV: (sizes[CONV], 2 * sizes[CONV])}, "unet")
+        check_zeros([path], {CONV: (sizes[CONV], 2 * sizes[CONV])}, "unet")
+
+
+def test_the_graphs_of_a_schedule_hold_every_layer_between_them(unet, exported, tmp_path):
+    """A step that reuses the inner level has a graph without it: its zeros are in the other graph."""
+    path, _ = exported
+    network = copy.deepcopy(unet)
+    claims = sparse(network, tmp_path)
+    names = ("sample", "timestep", "encoder_hidden_states")
+    export_component("unet", Cut(network, Pattern(1, ()), names), tmp_path, OPTIONS)
+    (shallow,) = tmp_path.glob("*.onnx")
+    both, one = check_zeros([path, shallow], claims, "unet"), check_zeros([path], claims, "unet")
+    assert both["layers"] == one["layers"] == len(claims)
+    assert one["operators"] < both["operators"] < 2 * one["operators"]
+    with pytest.raises(ComponentFailed, match=r"no Conv, Gemm, MatMul of that name"):
+        check_zeros([shallow], claims, "unet")
 
 
 def test_without_claims_no_graph_is_opened(tmp_path):
-    assert check_zeros(tmp_path / "none.onnx", {}, "unet") == {"layers": 0, "operators": 0}
+    assert check_zeros([tmp_path / "none.onnx"], {}, "unet") == {"layers": 0, "operators": 0}
