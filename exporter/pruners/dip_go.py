@@ -13,10 +13,15 @@ independent logits), so the gradient is multiplied by their number, as weights s
 noise is drawn anew in every iteration (the published code trains on one noise); gates are nested cuts between levels;
 the backup of a velocity turns with the timestep (`exporter.networks.schedule.reuse_of`); and scores become depths by an
 exact knapsack over the nested cuts instead of a threshold. For transformers there is nothing yet.
+
+Gates inside of a step that is skipped whole get no gradient, and skipping it whole saves most: what is learned are
+foremost steps that compute nothing, as the published gates are. They are judged by the final image; where errors of
+single answers count, ``order: drift`` is the better choice.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -194,8 +199,6 @@ class _Training:
 
     def _step(self, index: int) -> tuple[float, float]:
         """Update the gates once; return the distance from the whole trajectory, and the share that was computed."""
-        import math
-
         options, net = self._options, self._net
         gates = hard_gates(self._logits)
         share = self._sampler.share(depths_of(gates))
