@@ -13,10 +13,15 @@ independent logits), so the gradient is multiplied by their number, as weights s
 noise is drawn anew in every iteration (the published code trains on one noise); gates are nested cuts between levels;
 the backup of a velocity turns with the timestep (`exporter.networks.schedule.reuse_of`); and scores become depths by an
 exact knapsack over the nested cuts instead of a threshold. For transformers there is nothing yet.
+
+Gates inside of a step that is skipped whole get no gradient, and skipping it whole saves most: what is learned are
+foremost steps that compute nothing, as the published gates are. They are judged by the final image; where errors of
+single answers count, ``order: drift`` is the better choice.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +45,8 @@ class DipGoOptions(DataOptions):
         prompts: a set or file of prompts, none of those that the run measures on. The embedded model has its own.
         images: how many of them are drawn, in turn.
         keep_ratio: fraction of the denoiser's operations over all steps that stays, in (0, 1]; never exceeded.
+        order: ``learned`` gates as published, or ``drift``, which is not DiP-GO: it trains nothing and prices every
+            reuse by the error that it makes in recorded answers (`exporter.pruners.drift`).
         iterations: updates of the gates, each a whole trajectory and its way back.
         learning_rate: at the start; it falls as a cosine.
         similarity: ``ssim`` of decoded images, or the mean squared error of final ``latent``.
@@ -49,6 +56,7 @@ class DipGoOptions(DataOptions):
     """
 
     keep_ratio: float = field(default=0.5, metadata={"exclusiveMinimum": 0, "maximum": 1})
+    order: Literal["learned", "drift"] = "learned"
     iterations: int = field(default=200, metadata={"minimum": 1})
     learning_rate: float = field(default=0.2, metadata={"exclusiveMinimum": 0})
     similarity: Literal["ssim", "latent"] = "ssim"
@@ -66,6 +74,7 @@ class DipGoOptions(DataOptions):
         super().__post_init__()
         for key, holds, expected in (
             ("keep_ratio", 0 < self.keep_ratio <= 1, "a number in (0, 1]. Write 0.5 to keep half of the compute"),
+            ("order", self.order in ("learned", "drift"), "learned or drift. Write learned"),
             ("iterations", self.iterations >= 1, "a whole number of at least 1. Write 200"),
             ("learning_rate", self.learning_rate > 0, "a number above 0. Write 0.2"),
             ("similarity", self.similarity in ("ssim", "latent"), "ssim or latent. Write ssim"),
@@ -102,6 +111,11 @@ class DipGo:
         steps = len(sampler.timesteps)
         zeros = torch.zeros((steps, sampler.levels), dtype=torch.float64).numpy()
         best_depths(zeros, sampler.costs, options.keep_ratio)  # an unreachable budget is refused before any work
+        if options.order == "drift":
+            from exporter.pruners.drift import least_error, reuse_errors
+
+            errors = reuse_errors(network, sampler, context.borrowed, options.prompts, options.images, context.progress)
+            return sampler.outcome(least_error(errors, sampler.costs, options.keep_ratio), order=options.order)
         wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         try:
             network.requires_grad_(requires_grad=False)
@@ -112,7 +126,7 @@ class DipGo:
         keep = logits.softmax(dim=-1)[..., 1]
         depths = best_depths(keep.double().numpy(), sampler.costs, options.keep_ratio)
         scores = [[round(float(value), 4) for value in row] for row in keep]
-        return sampler.outcome(depths, keep_scores=scores, loss=history)
+        return sampler.outcome(depths, order=options.order, keep_scores=scores, loss=history)
 
 
 def hard_gates(logits: Tensor) -> Tensor:
@@ -185,8 +199,6 @@ class _Training:
 
     def _step(self, index: int) -> tuple[float, float]:
         """Update the gates once; return the distance from the whole trajectory, and the share that was computed."""
-        import math
-
         options, net = self._options, self._net
         gates = hard_gates(self._logits)
         share = self._sampler.share(depths_of(gates))

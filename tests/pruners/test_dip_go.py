@@ -20,6 +20,7 @@ from exporter.pruners.base import Context
 from exporter.pruners.deepcache import DeepCache, DeepCacheOptions
 from exporter.pruners.depths import GRAIN, best_depths
 from exporter.pruners.dip_go import DipGo, DipGoOptions, depths_of, hard_gates
+from exporter.pruners.drift import least_error, reuse_errors
 from exporter.pruners.sampler import Sampler
 from exporter.pruners.supernet import SuperNet
 
@@ -60,6 +61,64 @@ def test_depths_are_the_best_of_all_that_the_budget_allows(seed, ratio):
     found = best_depths(keep, costs, ratio)
     assert price(found) <= ratio * 5 + 1e-9
     assert worth(found) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("ratio", [0.34, 0.5, 0.8])
+def test_without_training_the_reuse_of_least_error_is_chosen(ratio):
+    """Against every schedule there is: features are as old as the last whole step, answers as the last computed one."""
+    steps, costs = 6, (1.0, 0.6, 0.3, 0.0)
+    errors = np.random.default_rng(5).random((steps, 3, 4)).cumsum(axis=2)
+
+    def error(depths):
+        total, whole, latest = 0.0, 0, 0
+        for step, depth in enumerate(depths):
+            age = step - (latest if depth == 3 else whole)
+            total += 0 if depth == 0 else errors[step, depth - 1, age - 1] if age <= 4 else np.inf
+            whole = whole if depth else step
+            latest = latest if depth == 3 else step
+        return total
+
+    every = [(0, *depths) for depths in itertools.product(range(4), repeat=steps - 1)]
+    afforded = [depths for depths in every if sum(costs[depth] for depth in depths) <= ratio * steps + 1e-9]
+    found = least_error(errors, costs, ratio)
+    assert sum(costs[depth] for depth in found) <= ratio * steps + 1e-9
+    assert error(found) == pytest.approx(min(error(depths) for depths in afforded))
+
+
+def test_prices_of_reuse_are_the_errors_that_a_chain_makes(tiny_loan, unet, supernet):
+    errors = reuse_errors(unet, supernet.sampler, tiny_loan, prompts_of(tiny_loan), 2, Silent())
+    assert errors.shape == (3, 2, 8)
+    assert np.isinf(errors[1, :, 1:]).all()
+    assert np.isfinite(errors[2, :, :2]).all()
+    recording = tiny_loan.recording(prompts_of(tiny_loan), 2)
+    for depth in (1, 2):
+        chain = torch_chain(unet, supernet.sampler.schedule([0, depth, depth]))
+        got = []
+        for step in range(3):
+            call = recording.calls(step)
+            states = [side["encoder_hidden_states"] for side in (call.given_uncond, call.given)]
+            feeds = {
+                "sample": np.concatenate([call.sample] * 2),
+                "timestep": np.float32(call.timestep),
+                "encoder_hidden_states": np.concatenate(states),
+            }
+            uncond, cond = np.split(chain(feeds)["out_sample"], 2)
+            got.append(np.square(uncond + 3.0 * (cond - uncond) - call.guided).mean())
+        assert errors[1, depth - 1, 0] == pytest.approx(got[1], rel=1e-3)
+        assert errors[2, depth - 1, 1] == pytest.approx(got[2], rel=1e-3)
+
+
+def test_order_drift_needs_no_training_and_says_so(tiny_loan, unet, tmp_path):
+    options = DipGoOptions(prompts=prompts_of(tiny_loan), images=1, keep_ratio=0.7, order="drift")
+    found = DipGo(options).prune(unet, context(tiny_loan, tmp_path))
+    assert found.facts["order"] == "drift"
+    assert "loss" not in found.facts
+    assert 0.3 < found.facts["computed_share"] <= 0.7
+    errors = np.full((12, 1, 8), 1.0)
+    with pytest.raises(
+        RecipeError, match=r"prune\.keep_ratio: got 0.1, expected more: with order: drift nothing older"
+    ):
+        least_error(errors, (1.0, 0.0), 0.1)
 
 
 def test_a_deep_network_gets_no_more_graphs_than_allowed():
@@ -216,6 +275,7 @@ def test_a_branch_that_the_network_has_not_is_refused(tiny_loan, unet, tmp_path)
     [
         ("dip-go", {"keep_ratio": 1.5}),
         ("dip-go", {"keep_ratio": 0}),
+        ("dip-go", {"order": "best"}),
         ("dip-go", {"iterations": 0}),
         ("dip-go", {"learning_rate": 0}),
         ("dip-go", {"similarity": "lpips"}),

@@ -16,6 +16,14 @@ from targets.ort import OnnxRuntime, OrtOptions
 F32, F16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
+@pytest.mark.parametrize(("key", "value"), [("weights", "own"), ("format", "ort")])
+def test_graphs_that_hold_their_weights_are_not_joined(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(
+        TargetError, match=rf"{key}: got '{value}', expected .*share one file of weights\. Write {key}: "
+    ):
+        OnnxRuntime().join([tmp_path / "part"], tmp_path, OrtOptions(**{key: value}))  # type: ignore[arg-type]
+
+
 def attention_like(kind: int = F32) -> onnx.ModelProto:
     """Return ``softmax(a @ b * 0.125) @ b`` with two constants; ONNX Runtime fuses the scale into the product."""
     dtype = np.float32 if kind == F32 else np.float16
