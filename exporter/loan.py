@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.calling import Drawing, Form
+from calibration.prompts import PromptSet
 from calibration.recording import Recording
 from exporter.artifact import Artifact, digest_of
 from exporter.errors import RecipeError
@@ -84,7 +85,10 @@ class DenseLoan:
             RecipeError: no prompts, or no such set.
             CalibrationError: the pipeline cannot be recorded.
         """
-        chosen = prompt_set(_named(prompts)).first(images)
+        if prompts is None and self.form.asked == "batch_size":  # where prompts are only counted
+            chosen = PromptSet.of("unasked", [f"image {number}" for number in range(images)])
+        else:
+            chosen = prompt_set(_named(prompts)).first(images)
         key = digest_of([self.dense.digest, chosen.digest, self.seed, self.sampling])
         folder = self.folder / f"recording-{key[:16]}"
         if folder.is_dir():  # appears only when complete

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from exporter.errors import RecipeError
 from exporter.recipe import read_recipe, recipe_names, recipe_path
 from exporter.validation import options_from
+from exporter.yaml_recipe import read_yaml
 
 GOOD: dict[str, Any] = {
     "name": "shapes",
@@ -187,3 +188,14 @@ def test_options_of_a_method() -> None:
 def test_reading_a_recipe_loads_no_torch() -> None:
     code = "import sys, exporter.recipe as r; r.read_recipe(r.recipe_path('shapes')); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("text", ["pattern: 2:4", "pattern: '2:4'", "pattern: 1:16"])
+def test_a_pattern_is_no_number_of_base_60(text: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 2:4 as 124."""
+    path = tmp_path / "r.yaml"
+    path.write_text(f"stage: {{{text}}}\n")
+    expected = text.partition(": ")[2].strip("'")
+    assert read_yaml(path, [])["stage"]["pattern"] == expected
+    assert read_yaml(path, ["stage.pattern=3:8"])["stage"]["pattern"] == "3:8"
+    assert read_yaml(path, ["stage.steps=12"])["stage"]["steps"] == 12

@@ -6,7 +6,9 @@ training. One mini-batch of clean latents and one noise serve every timestep; fr
 summed without being zeroed, until the loss falls below a share of the highest so far. The test comes before the
 backward pass, as in the code that made the paper's numbers, so that the step that fails it adds nothing; the script for
 diffusers tests afterwards. The loss is highest at low noise where the model predicts noise, velocity or flow; a model
-that predicts the clean sample has it lowest there, and nothing is cut.
+that predicts the clean sample has it lowest there, and nothing is cut. The loss of a model of velocities falls within
+the first steps and rises again, so that a threshold above its lowest point leaves next to no steps: `timesteps_used`
+tells.
 
 Departs: widths are rounded; whole heads go, as in the scripts for latent diffusion; feed-forward neurons are cut too;
 `conv_out`, time embedding and the residual streams stay (`parts: streams` adds the latter). Latents are the dense

@@ -6,7 +6,7 @@ gates only.
 
 As published: a network with backup connections, hard gates with the gradient of a softmax (skip, keep), start at
 "keep" (0, 1), similarity 1 - SSIM of decoded images, sparsity weighted by each gate's share of the operations with its
-cascade, dropped once what remains costs less than `floor`, SGD with a cosine and clipped gradients, checkpointed steps.
+cascade, dropped once what remains costs less than a floor, SGD with a cosine and clipped gradients, checkpointed steps.
 
 Departs: the gates are a plain table of logits (the published encoder discards its attention's result, which leaves
 independent logits), so the gradient is multiplied by their number, as weights shared between gates would add it up;
@@ -44,7 +44,8 @@ class DipGoOptions(DataOptions):
         learning_rate: at the start; it falls as a cosine.
         similarity: ``ssim`` of decoded images, or the mean squared error of final ``latent``.
         sparsity: weight of the cost of what is computed, against the similarity.
-        floor: share of the operations below which that cost is no longer pressed.
+        floor: share of the operations below which that cost is no longer pressed; by default `keep_ratio`, so that
+            gates are trained at the compute that stays. Published: 0.2, whatever stays.
     """
 
     keep_ratio: float = field(default=0.5, metadata={"exclusiveMinimum": 0, "maximum": 1})
@@ -52,7 +53,7 @@ class DipGoOptions(DataOptions):
     learning_rate: float = field(default=0.2, metadata={"exclusiveMinimum": 0})
     similarity: Literal["ssim", "latent"] = "ssim"
     sparsity: float = field(default=1.0, metadata={"minimum": 0})
-    floor: float = field(default=0.2, metadata={"minimum": 0, "maximum": 1})
+    floor: float | None = field(default=None, metadata={"minimum": 0, "maximum": 1})
 
     of_sampling: ClassVar[bool] = True
 
@@ -69,7 +70,7 @@ class DipGoOptions(DataOptions):
             ("learning_rate", self.learning_rate > 0, "a number above 0. Write 0.2"),
             ("similarity", self.similarity in ("ssim", "latent"), "ssim or latent. Write ssim"),
             ("sparsity", self.sparsity >= 0, "a number of at least 0. Write 1"),
-            ("floor", 0 <= self.floor <= 1, "a number in [0, 1]. Write 0.2"),
+            ("floor", self.floor is None or 0 <= self.floor <= 1, "a number in [0, 1]. Write 0.2"),
         ):
             if not holds:
                 raise RecipeError(f"prune.{key}: got {getattr(self, key)}, expected {expected}.")
@@ -187,14 +188,17 @@ class _Training:
         import math
 
         options, net = self._options, self._net
-        start = net.start(self._texts[index % len(self._texts)], self._seeds[index])
-        with torch.no_grad():
-            whole = net.draw(start)
         gates = hard_gates(self._logits)
         share = self._sampler.share(depths_of(gates))
-        distance = self._distance(net.draw(start, gates), whole)
+        if share == 1:  # nothing is reused: the distance is 0, its least, and so is its gradient
+            distance = torch.zeros(())
+        else:
+            start = net.start(self._texts[index % len(self._texts)], self._seeds[index])
+            with torch.no_grad():
+                whole = net.draw(start)
+            distance = self._distance(net.draw(start, gates), whole)
         loss = distance
-        if share >= options.floor:
+        if share >= (options.keep_ratio if options.floor is None else options.floor):
             loss = loss + options.sparsity * (self._saved * gates[..., 1]).mean()
         self._optimizer.param_groups[0]["lr"] = (
             options.learning_rate * 0.5 * (1 + math.cos(math.pi * index / options.iterations))

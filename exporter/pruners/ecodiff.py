@@ -195,7 +195,10 @@ def _choose(found: Sequence[Maskable], logits: Tensor, options: EcoDiffOptions) 
 def _learn(
     network: nn.Module, found: Sequence[Maskable], options: EcoDiffOptions, context: Context
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the logits, and facts of their training; goes on from its last checkpoint after a kill."""
+    """Return the logits, and facts of their training; goes on from its last checkpoint after a kill.
+
+    What is learnt does not depend on how much of it is cut: in the same work folder it serves any ratio.
+    """
     from exporter.pruners.mask_training import MaskTraining, examples
     from exporter.tuning.checkpoint import Sparing, digest_of_tensors
 
@@ -203,11 +206,10 @@ def _learn(
     loan = context.borrowed
     drawing = replace(loan.drawing, steps=options.sampler_steps or loan.drawing.steps)
     texts = loan.texts(options.prompts)
-    key = digest_of(
-        [digest_of_tensors(network.state_dict()), asdict(options), asdict(drawing), texts, loan.batch, seed]
-    )
+    asked = asdict(replace(options, keep_ratio=1.0, round_to=1))
+    key = digest_of([digest_of_tensors(network.state_dict()), asked, asdict(drawing), texts, loan.batch, seed])
     kept = Sparing(context.workdir / "masks.safetensors", key)
-    shown = examples(loan, texts, options.images, drawing, seed, context.progress)
+    shown = examples(context, texts, options.images, drawing, seed=seed, key=key)
     training = MaskTraining(network, found, shown, options, seed)
     start = training.resume(kept.read())
     with task(context.progress, "masks", options.steps):
@@ -216,5 +218,6 @@ def _learn(
             error = training.step(step)
             kept.offer(step + 1, training.tensors)
             context.progress.advance(note=f"error {error:.4f}")
+    kept.keep(options.steps, training.tensors())
     facts = {"solver": type(shown[0].trajectory.solver).__name__, "sampler_steps": shown[0].trajectory.steps}
     return training.logits, {**facts, **training.facts()}

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from calibration.calling import Drawing
 from exporter.errors import ComponentFailed
 from exporter.networks.probe import evaluating
-from exporter.progress import Progress, task
-from exporter.pruners.base import Loan
+from exporter.progress import task
+from exporter.pruners.base import Context
 from exporter.pruners.ecodiff import START, EcoDiffOptions, hard_concrete, open_share
 from exporter.pruners.masks import Maskable, masked_weights
 from exporter.pruners.trajectory import Answer, Trajectory, gradient_along
-from exporter.tuning.checkpoint import Checkpoint
+from exporter.tuning.checkpoint import Checkpoint, read, write
 
 CURVE_POINTS = 20
 
@@ -40,33 +40,38 @@ class Example:
 
 
 def examples(
-    loan: Loan, texts: Sequence[str], images: int, drawing: Drawing, seed: int, progress: Progress
+    context: Context, texts: Sequence[str], images: int, drawing: Drawing, *, seed: int, key: str
 ) -> list[Example]:
-    """Return batches of dense trajectories' ends.
+    """Return batches of dense trajectories' ends; finished ones are kept in the work folder and found again.
 
     Args:
-        loan: the dense pipeline, and how many images go at a time.
+        context: lends the dense pipeline, and says how many images go at a time.
         texts: used in turn.
         images: how many.
         drawing: steps, guidance and size.
         seed: every noise follows from it.
-        progress: one unit per batch.
+        key: of everything that the ends depend on.
     """
-    pipeline, found = loan.pipeline(), []
+    loan, found = context.borrowed, []
+    pipeline = loan.pipeline()
     dense = getattr(pipeline, loan.form.denoiser).eval()
     starts = range(0, images, min(loan.batch, images))
-    with task(progress, "dense trajectories", len(starts)):
+    with task(context.progress, "dense trajectories", len(starts)):
         for start in starts:
             chosen = [texts[i % len(texts)] for i in range(start, min(start + loan.batch, images))]
             generator = torch.Generator("cpu").manual_seed(seed + start)
             trajectory = Trajectory.of(pipeline, loan.form, chosen, drawing, seed=seed + start)
             noise = trajectory.noise(generator)
-            target = trajectory.run(noise, _answer_of(dense, {}))[-1]
+            path = context.workdir / f"dense-{start:06d}.safetensors"
+            kept = read(path, key=key)
+            target = trajectory.run(noise, _answer_of(dense, {}))[-1] if kept is None else kept.tensors["latents"]
             if not bool(target.isfinite().all()):
                 got = f"prune: the dense denoiser's final latents of images from {start} are not finite."
                 raise ComponentFailed(f"{got} Check the source with `exporter check`.")
+            if kept is None:
+                write(path, {"latents": target}, key=key)
             found.append(Example(trajectory, noise, target))
-            progress.advance()
+            context.progress.advance()
     return found
 
 

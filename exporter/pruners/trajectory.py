@@ -14,6 +14,7 @@ from torch import Tensor
 from calibration.calling import Drawing, Form, first_inputs
 from exporter.errors import ComponentFailed
 from exporter.networks.inputs import as_arguments, takes_timestep_as_share
+from exporter.tuning.data import noise_schedule
 
 Answer = Callable[[dict[str, Any]], Tensor]
 """Keyword arguments of a denoiser's forward to its answer, (rows, ...)."""
@@ -113,9 +114,14 @@ class Trajectory:
 
 
 def single_step(scheduler: Any) -> Any:
-    """Return a scheduler whose steps have no history, for the same model and schedule."""
+    """Return a scheduler whose steps have no history, for the same model and schedule.
+
+    Raises:
+        RecipeError: there is none, since the scheduler is of another kind of noise.
+    """
     if isinstance(scheduler, DDIMScheduler | LCMScheduler | FlowMatchEulerDiscreteScheduler):
         return scheduler
+    noise_schedule(scheduler.config)
     # Schedulers that never clip do not say so in their config, and DDIM's own default is to clip.
     clips = bool(scheduler.config.get("clip_sample", False))
     return DDIMScheduler.from_config(scheduler.config, clip_sample=clips)

@@ -84,10 +84,13 @@ class Sparing:
 
     def offer(self, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Write the tensors where a minute has passed since the last time."""
-        if time.monotonic() - self._written < SECONDS:
-            return
+        if time.monotonic() - self._written >= SECONDS:
+            self.keep(step, tensors())
+
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors, whenever the last time was."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write(self._path, tensors(), key=self._key, step=step)
+        write(self._path, tensors, key=self._key, step=step)
         self._written = time.monotonic()
 
 

@@ -359,9 +359,9 @@ def noise_schedule(config: Any) -> DDPMScheduler:
     known = ("epsilon", "v_prediction", "sample")
     if "beta_schedule" not in plain or plain.get("prediction_type", "epsilon") not in known:
         name = plain.get("_class_name", "unknown")
-        got = f"tune.method: distill cannot add the noise of scheduler {name} ({plain.get('prediction_type')})"
+        got = f"data: cannot add the noise of scheduler {name} ({plain.get('prediction_type')})"
         expected = f"expected a schedule of betas that predicts one of {', '.join(known)}"
-        raise RecipeError(f"{got}; {expected}. Tune this family with another method.")
+        raise RecipeError(f"{got}; {expected}. Use a method that adds no noise of its own for this family.")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     taken = {name: plain[name] for name in (*names, "rescale_betas_zero_snr") if name in plain}
     return DDPMScheduler(**taken)

@@ -308,3 +308,45 @@ def test_a_missing_library_names_the_command(runtime: Target, monkeypatch: pytes
         with pytest.raises(TargetError, match=r"Run: pip install 'diffusion-exporter"):
             act()
     runtime.capabilities()
+
+
+def test_graphs_of_one_network_are_joined_with_their_weights_stored_once(runtime, name, tmp_path):
+    """Two graphs that share a large matrix: side by side in one folder, answering as before."""
+    matrix = np.random.default_rng(2).standard_normal((64, 256), dtype=np.float32)
+    stored = tmp_path / "weights.bin"
+    stored.write_bytes(matrix.tobytes())
+    out = tmp_path / "out"
+    parts = [out / "pattern-0", out / "pattern-1"]
+    for part, kind in zip(parts, ("Relu", "Neg"), strict=True):
+        source = tmp_path / kind
+        source.mkdir()
+        part.mkdir(parents=True)
+        (source / "weights.bin").hardlink_to(stored)
+        runtime.compile(_sharing(source, kind, matrix.shape), part, runtime.options())
+    runtime.join(parts, out, runtime.options())
+    ending = Path(runtime.engine_file).suffix
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {f"pattern-0{ending}", f"pattern-1{ending}"}
+    assert sum(path.stat().st_size for path in files) < 1.5 * matrix.nbytes
+    given = np.random.default_rng(3).standard_normal((2, 64), dtype=np.float32)
+    for index, wanted in enumerate((np.maximum(given @ matrix, 0), -(given @ matrix))):
+        session = runtime.open(out / f"pattern-{index}{ending}", runtime.options())
+        np.testing.assert_allclose(session({"rows": given})["answer"], wanted, atol=1e-4)
+        session.close()
+
+
+def _sharing(folder: Path, kind: str, shape: tuple[int, int]) -> Path:
+    """Write a product with a matrix that lies in ``weights.bin``, and an operator of this kind behind it."""
+    held = TensorProto(name="matrix", data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
+    facts = {"location": "weights.bin", "offset": 0, "length": 4 * shape[0] * shape[1]}
+    for key, value in facts.items():
+        held.external_data.add(key=key, value=str(value))
+    nodes = [helper.make_node("MatMul", ["rows", "matrix"], ["a"]), helper.make_node(kind, ["a"], ["answer"])]
+    inputs = [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [2, shape[0]])]
+    outputs = [helper.make_tensor_value_info("answer", TensorProto.FLOAT, [2, shape[1]])]
+    graph = helper.make_graph(nodes, "sharing", inputs, outputs, [held])
+    path = folder / "model.onnx"
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    )
+    return path

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 
 from exporter.errors import ComponentFailed, RecipeError
+from exporter.networks.probe import run_probe
 from exporter.networks.storage import load_network
-from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.surgery import Snapshot, diff, replay
 from exporter.progress import Silent
 from exporter.pruners import mask_training
-from exporter.pruners.base import Context
+from exporter.pruners.base import Context, CutOptions
 from exporter.pruners.ecodiff import EcoDiff, EcoDiffOptions, hard_concrete, open_share
+from exporter.pruners.magnitude import Magnitude
 from exporter.pruners.masks import maskables, masked_weights, remove_masked
 from exporter.pruners.trajectory import Trajectory, gradient_along, single_step
 from exporter.tuning import checkpoint
@@ -28,6 +30,23 @@ from exporter.tuning import checkpoint
 @pytest.fixture
 def denoiser(tiny_loan):
     return load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
+
+
+@pytest.fixture
+def small():
+    """A denoiser that takes what the tiny pipeline gives, and a quarter of its time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=32,
+        ).eval()
 
 
 @pytest.fixture
@@ -183,10 +202,13 @@ def test_a_solver_without_history_does_not_start_to_clip(tiny_pipeline_folder):
     assert isinstance(found, DDIMScheduler)
     assert not found.config.clip_sample
     assert torch.equal(found.alphas_cumprod, multistep.alphas_cumprod)
+    flow = type(multistep).from_config(multistep.config, prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(RecipeError, match=r"DPMSolverMultistepScheduler \(flow_prediction\); expected a schedule"):
+        single_step(flow)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_removed_network_answers_as_the_masked_one(denoiser, seed):
+def test_the_removed_network_answers_as_the_masked_one(denoiser, context, tiny_loan, seed):
     cut = EcoDiffOptions(round_to=1).cut
     found = maskables(denoiser, cut, ("heads", "neurons"))
     masks = (random_masks(found, seed) > 0.4).float()
@@ -221,23 +243,32 @@ def test_the_removed_network_answers_as_the_masked_one(denoiser, seed):
     priced = sum(item.cost * len(units) for item, units in zip(found, gone, strict=True))
     widths = sum(found[i].scaled[0].parameter.shape[0] for i in (attention, neurons))
     assert size - sum(p.numel() for p in denoiser.parameters()) == priced + widths
+    # And another method goes on from there.
+    now = Snapshot.of(denoiser)
+    Magnitude(CutOptions(0.5)).prune(denoiser, context())
+    both = record.then(diff(now, denoiser))
+    assert set(both.stand_in) == set(emptied)
+    rebuilt = load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
+    replay(rebuilt, both)
+    rebuilt.load_state_dict(denoiser.state_dict(), strict=True)
+    assert torch.equal(run_probe(rebuilt)["out_sample"], run_probe(denoiser)["out_sample"])
 
 
-def test_units_that_do_nothing_go(denoiser, context, prompts, tiny_loan, monkeypatch):
+def test_units_that_do_nothing_go(small, context, prompts, tiny_loan, monkeypatch):
     """Every second head and neuron is silent in the network to prune: those must be what its masks close."""
     dead = {}
     with torch.no_grad():
-        for item in maskables(denoiser, EcoDiffOptions(round_to=1).cut, ("heads", "neurons")):
+        for item in maskables(small, EcoDiffOptions(round_to=1).cut, ("heads", "neurons")):
             share = item.scaled[0]
             share.parameter[:, share.index[::2].flatten()] = 0
             share.parameter[:, share.index[1::2].flatten()] *= 3
             dead[item.layer.path] = item.layer.units
-    alike = copy.deepcopy(denoiser)
+    alike = copy.deepcopy(small)
     real = type(tiny_loan).pipeline
 
     def pipeline(self):
         made = real(self)
-        made.unet.load_state_dict(alike.state_dict())
+        made.register_modules(unet=alike)
         return made
 
     monkeypatch.setattr(type(tiny_loan), "pipeline", pipeline)
@@ -258,22 +289,25 @@ def test_units_that_do_nothing_go(denoiser, context, prompts, tiny_loan, monkeyp
     method = EcoDiff(
         options(prompts, keep_ratio=0.5, round_to=1, steps=16, sampler_steps=2, learning_rate=0.3, sparsity=1e-3)
     )
-    found = method.prune(denoiser, context()).facts
+    found = method.prune(small, context()).facts
     silent = torch.cat([values[::2] for values in kept.values()])
     heard = torch.cat([values[1::2] for values in kept.values()])
     assert float((heard[:, None] > silent[None]).float().mean()) > 0.95  # of a pair, the right one
     assert found["maskable_kept"] == pytest.approx(0.5, abs=0.01)
-    removed = {path: module for path, module in denoiser.named_modules() if isinstance(module, FeedForward)}
+    removed = {path: module for path, module in small.named_modules() if isinstance(module, FeedForward)}
     survivors = sum(int((m.net[2].weight.abs().sum(0) > 0).sum()) for m in removed.values())
     assert survivors / sum(m.net[2].in_features for m in removed.values()) > 0.9
 
 
-def test_a_killed_training_goes_on_where_it_was(denoiser, context, prompts, monkeypatch):
+def test_a_killed_training_goes_on_where_it_was(small, context, prompts, tmp_path, monkeypatch):
     chosen = options(prompts, steps=3)
-    undisturbed, killed = copy.deepcopy(denoiser), copy.deepcopy(denoiser)
-    wanted = EcoDiff(chosen).prune(undisturbed, context()).facts
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    undisturbed, killed = copy.deepcopy(small), copy.deepcopy(small)
+    wanted = EcoDiff(chosen).prune(undisturbed, dataclasses.replace(context(), workdir=elsewhere)).facts
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     real, done = mask_training.MaskTraining.step, []
+    run, drawn = Trajectory.run, []
 
     def step(self, number):
         done.append(number)
@@ -284,19 +318,30 @@ def test_a_killed_training_goes_on_where_it_was(denoiser, context, prompts, monk
     monkeypatch.setattr(mask_training.MaskTraining, "step", step)
     with pytest.raises(KeyboardInterrupt):
         EcoDiff(chosen).prune(killed, context())
-    assert EcoDiff(chosen).prune(killed, context()).facts == wanted
+    with monkeypatch.context() as patch:  # what the dense denoiser drew is not drawn again
+        patch.setattr(Trajectory, "run", lambda self, latents, answer: drawn.append(1) or run(self, latents, answer))
+        assert EcoDiff(chosen).prune(killed, context()).facts == wanted
+    assert len(drawn) == 2
     assert done == [0, 1, 1, 2]
     assert all(torch.equal(value, killed.state_dict()[name]) for name, value in undisturbed.state_dict().items())
 
 
-def test_nothing_is_left_behind(denoiser, context, prompts):
-    denoiser.train()
-    denoiser.conv_in.weight.requires_grad_(False)
-    EcoDiff(options(prompts, steps=1)).prune(denoiser, context())
-    assert all(value.grad is None for value in denoiser.parameters())
-    assert [name for name, value in denoiser.named_parameters() if not value.requires_grad] == ["conv_in.weight"]
-    assert all(module.training for module in denoiser.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in denoiser.modules())
+def test_what_was_learnt_serves_another_ratio(small, context, prompts, monkeypatch):
+    first = EcoDiff(options(prompts)).prune(copy.deepcopy(small), context()).facts
+    monkeypatch.setattr(mask_training.MaskTraining, "step", None)  # not called again
+    second = EcoDiff(options(prompts, keep_ratio=0.4, round_to=4)).prune(small, context()).facts
+    assert second["curve"] == first["curve"]
+    assert second["maskable_kept"] < first["maskable_kept"]
+
+
+def test_nothing_is_left_behind(small, context, prompts):
+    small.train()
+    small.conv_in.weight.requires_grad_(False)
+    EcoDiff(options(prompts, steps=1)).prune(small, context())
+    assert all(value.grad is None for value in small.parameters())
+    assert [name for name, value in small.named_parameters() if not value.requires_grad] == ["conv_in.weight"]
+    assert all(module.training for module in small.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
 
 
 def test_what_is_not_finite_is_refused(denoiser, context, prompts, trajectory):

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from exporter.errors import RecipeError
 from exporter.progress import Silent
 from exporter.pruners.base import Context
+from exporter.sampling import use_scheduler
 
 
 def prompts_of(loan):
@@ -41,3 +43,14 @@ def test_a_method_that_needs_data_outside_of_a_run_says_so(tmp_path):
     bare = Context(torch.Generator(), Silent(), tmp_path)
     with pytest.raises(RecipeError, match="needs data, and none is lent"):
         _ = bare.borrowed
+
+
+@pytest.mark.parametrize("clips", [True, False, None])
+def test_ddim_clips_where_the_sources_scheduler_does(tiny_loan, clips):
+    """Latents are no pixels: clipped to -1 and 1 they would be spoilt, which is what DDIM does unless told."""
+    pipeline = tiny_loan.pipeline()
+    assert not pipeline.scheduler.config.clip_sample  # the loan draws with ddim; its source, DPM-Solver++, never clips
+    pipeline.scheduler = DDPMScheduler() if clips is None else DDPMScheduler(clip_sample=clips)
+    use_scheduler(pipeline, "ddim")
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert pipeline.scheduler.config.clip_sample is (clips is not False)

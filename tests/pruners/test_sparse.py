@@ -119,13 +119,12 @@ def test_wanda_keeps_the_largest_of_weight_times_input(unet, dense, lent, prompt
         assert np.array_equal(got[got != 0], weight[got != 0])
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "obs-diff"])
-def test_second_order_answers_closer_than_magnitude(unet, dense, lent, prompts, name):
+def test_second_order_answers_closer_than_magnitude(unet, dense, lent, prompts):
     loan = lent.borrowed
     exam = Exam.of(loan.recording(prompts, 2), loan.form, batch=2)
     by_size = copy.deepcopy(dense)
     carry_out("sparsedm", by_size, lent, prompts, protect=HALF)
-    outcome = carry_out(name, unet, lent, prompts, protect=HALF)
+    outcome = carry_out("obs-diff", unet, lent, prompts, protect=HALF)
     assert outcome.facts["eligible"] == len(outcome.sparsity) == len(outcome.facts["masked"]) > 30
     assert exam.loss(unet).mean_guided < 0.7 * exam.loss(by_size).mean_guided
     assert all(not broken(unet.get_parameter(key).detach(), (2, 4)) for key in outcome.sparsity)
