@@ -102,30 +102,31 @@ def test_a_latency_budget_holds_for_the_whole_network(prune, dense, tiny_loan, e
 
 def test_what_cannot_be_reached_names_the_least_that_can(prune, dense, tiny_loan):
     with pytest.raises(RecipeError, match=r"got 0\.05 of the parameters, expected 0\.\d+ or more\. Raise it"):
-        prune(keep_ratio=0.05, sets=0)
+        prune(keep_ratio=0.05, sets=0, images=1, timesteps=1)
     fake = FakeStopwatch(dense)
     least = REST / fake.whole_ms(dense)
     with pytest.raises(RecipeError, match=rf"of the latency, expected {least + 0.0005:.3f} or more"):
-        prune(dataclasses.replace(tiny_loan, stopwatch=fake), keep_ratio=0.01, budget="latency", sets=0)
+        prune(dataclasses.replace(tiny_loan, stopwatch=fake), keep_ratio=0.01, budget="latency", sets=0, rescore=False)
     with pytest.raises(RecipeError, match="latencies are asked for; got none: no target here"):
         prune(keep_ratio=0.5, budget="latency")
 
 
 def test_a_killed_search_goes_on(prune, monkeypatch, tmp_path):
-    whole, facts = prune(keep_ratio=0.7)
+    few = {"keep_ratio": 0.8, "sets": 2, "protect": ("down_blocks", "up_blocks.1")}
+    whole, facts = prune(**few)
     real, calls = Exam.loss, []
 
     def dies(self, network, place="prune"):
         calls.append(place)
-        if len(calls) == 20:
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return real(self, network, place)
 
     monkeypatch.setattr(Exam, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
-        prune(keep_ratio=0.7)
+        prune(**few)
     assert list(tmp_path.iterdir())
-    again, told = prune(keep_ratio=0.7)
+    again, told = prune(**few)
     assert told == facts
     assert calls.count(calls[0]) == 1  # found out before the kill, and not again
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))

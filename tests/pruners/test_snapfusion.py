@@ -136,41 +136,37 @@ def test_losses_of_random_sets_are_compared_with_their_sums(prune):
     assert list(told["by_size"]) == ["2", "4"]
 
 
-def test_training_makes_blocks_dispensable(prune, dense, tiny_loan, target):
-    """With blocks left out at random the trained network is closer to the dense one than the dense network itself."""
-    training = {"steps": 40, "drop": 0.3, "learning_rate": 5e-4, "samples": 8, "batch": 4, "protect": ()}
-    network, surgery, facts = prune(latency=2 * target.whole_ms(dense), insert="never", **training)
-    assert surgery.is_empty
-    assert facts["robust_training"]["steps"] == 40
-    data = tiny_loan.data(str(tiny_loan.folder.parent / "prompts.txt"), 8)
-    batch = data.batch(16, dropout=0.0, generator=torch.Generator().manual_seed(9), device=torch.device("cpu"))
-
-    def lost(subject):
-        generator, total = torch.Generator().manual_seed(4), 0.0
-        for _ in range(12):
-            blocks = [
-                block for block in blocks_of(subject, CutOptions(0.5)) if torch.rand((), generator=generator) < 0.3
-            ]
-            with torch.no_grad(), without(subject, blocks):
-                answer = subject(**batch.feeds)[0]
-            with torch.no_grad():
-                total += float((answer - dense(**batch.feeds)[0]).square().mean())
-        return total
-
-    assert lost(network) < 0.9 * lost(dense)
-
-
-def test_what_drops_out_of_every_step_is_not_trained(dense, tiny_loan, tmp_path):
-    """Blocks that never take part keep their weights to the bit; the others move."""
+def test_training_makes_what_drops_out_dispensable(dense, tiny_loan, tmp_path):
+    """Blocks that never take part keep their weights to the bit; the others learn to do without them."""
     data = tiny_loan.data(str(tiny_loan.folder.parent / "prompts.txt"), 2)
     network = copy.deepcopy(dense)
-    options = DistillOptions(steps=3, batch=2, feature_weight=0.0, task_weight=1.0, prompts="none")
-    dropping = lambda student, generator: without(student, blocks_of(student, CutOptions(0.5))[:4])  # noqa: E731
+    options = DistillOptions(steps=25, batch=4, learning_rate=3e-4, ema=0.0, feature_weight=0.0, prompts="none")
+    drawn = []
+
+    def dropping(student, generator):
+        drawn.append(float(torch.rand((), generator=generator)))
+        return without(student, blocks_of(student, CutOptions(0.5))[::2])
+
     distill(network, dense, data, options, Work(tmp_path, Silent(), torch.device("cpu"), 1, during=dropping))
-    still = {name: torch.equal(value, dense.get_parameter(name)) for name, value in network.named_parameters()}
-    gone = [f"{block.path}.{name}" for block in blocks_of(dense, CutOptions(0.5))[:4] for name, _ in block.branch]
-    assert all(still[name] for name in gone)
-    assert not any(value for name, value in still.items() if name.startswith("up_blocks.1"))
+    assert len(set(drawn)) == 25  # another draw for every pass
+    gone = [f"{block.path}.{name}" for block in blocks_of(dense, CutOptions(0.5))[::2] for name, _ in block.branch]
+    assert all(torch.equal(network.get_parameter(name), dense.get_parameter(name)) for name in gone)
+    batch = data.batch(16, dropout=0.0, generator=torch.Generator().manual_seed(9), device=torch.device("cpu"))
+    with torch.no_grad():
+        wanted, errors = dense(**batch.feeds)[0], []
+        for subject in (network, dense):
+            with without(subject, blocks_of(subject, CutOptions(0.5))[::2]):
+                errors.append(float((subject(**batch.feeds)[0] - wanted).square().mean()))
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_robust_training_changes_weights_alone(prune, dense, target):
+    options = {"latency": 2 * target.whole_ms(dense), "insert": "never", "steps": 2}
+    network, surgery, facts = prune(**options)
+    assert surgery.is_empty
+    assert facts["robust_training"]["steps"] == 2
+    assert facts["lost"] > 0
+    assert not torch.equal(network.conv_out.weight, dense.conv_out.weight)
 
 
 def test_a_killed_search_goes_on(prune, monkeypatch, tmp_path):
