@@ -20,7 +20,8 @@ from torch import nn
 from exporter.artifact import write_text
 from exporter.errors import RecipeError
 from exporter.progress import task
-from exporter.pruners.base import Block, Context, DataOptions, Outcome, Stopwatch
+from exporter.pruners.base import Block, Context, DataOptions, Outcome
+from exporter.pruners.latency_table import stopwatch_of
 from exporter.pruners.quality import METRICS, Loss, Metric, loss_of
 
 _NOTES = "sensitivities.json"
@@ -112,7 +113,7 @@ class _Search:
             )
         self._network, self._options, self._context = network, options, context
         self._blocks = {block.path: block for block in blocks}
-        self._stopwatch = _stopwatch(context) if options.budget == "latency" else None
+        self._stopwatch = stopwatch_of(context) if options.budget == "latency" else None
         self._costs = self._all_costs()
         self._path = context.workdir / _NOTES
         notes = json.loads(self._path.read_text()) if self._path.is_file() else {}
@@ -187,10 +188,3 @@ class _Search:
 
         with without(self._network, blocks):
             return self._size()
-
-
-def _stopwatch(context: Context) -> Stopwatch:
-    found = context.borrowed.stopwatch
-    if isinstance(found, str):
-        raise RecipeError(f"prune.budget: latency cannot be measured: {found}. Write budget: parameters.")
-    return found

@@ -138,7 +138,7 @@ def test_clip_that_is_not_here_is_said(unet, context, prompts):
 def test_what_cannot_be_done_is_refused_with_the_fix(unet, context, prompts):
     with pytest.raises(RecipeError, match=r"keep_ratio: blocks alone do not reach it; got 0\.01, expected 0\.\d+ or"):
         prune(unet, context, prompts=prompts, keep_ratio=0.01, reevaluate=99)
-    with pytest.raises(RecipeError, match=r"budget: latency cannot be measured: no target here\. Write budget"):
+    with pytest.raises(RecipeError, match=r"latencies are asked for; got none: no target here\. Add a target"):
         prune(unet, context, prompts=prompts, budget="latency")
     for changes in ({"keep_ratio": 0.0}, {"reevaluate": 0}, {"budget": "macs"}, {"metric": "fid"}, {"images": 0}):
         with pytest.raises(RecipeError, match=rf"prune\.{next(iter(changes))}: got .*expected.*(Write|Choose)"):
