@@ -14,22 +14,15 @@ from tiny_families import MAKERS, PROMPTS, PRUNE
 
 import exporter
 from exporter.errors import RecipeError, SourceError
-from exporter.lowering.export import ExportOptions, export_component
-from exporter.lowering.parity import check_parity
-from exporter.lowering.wrappers import Sizes, example_feeds, signature
 from exporter.networks.components import FAMILIES, NETWORK_CLASSES, components, denoiser
 from exporter.networks.pipeline import load_pipeline
-from exporter.networks.probe import run_probe
 from exporter.networks.safety import CHECKER_CLASS
 from exporter.networks.source import check_source
-from exporter.networks.storage import load_network, save_network
-from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.storage import load_network
 from exporter.networks.weights import WEIGHT_STEMS
 from exporter.preflight import check_recipe
 from exporter.progress import Silent
-from exporter.pruners import pruner
-from exporter.pruners.base import Context
-from exporter.states import config_of, form_of
+from exporter.states import form_of
 from exporter.tuning.base import TuneContext
 from exporter.tuning.distill import Distill, DistillOptions
 
@@ -125,34 +118,6 @@ def test_a_run_measures_every_cell(family: str, finished_of: FINISHED) -> None:
         assert (images.value > 60) == (state == "0-dense")
         kept = {found.component: found.value for found in cell.measurements if found.name == "latency.median_ms"}
         assert set(kept) >= parts
-
-
-@each_family
-@pytest.mark.parametrize("cut", ["channels", "blocks"])
-def test_a_pruned_denoiser_reloads_bit_equal_and_exports(
-    family: str, cut: str, source_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    part = denoiser(family)
-    folder = source_of(family) / part.folder
-    network = load_network(folder, cls=part.cls)
-    before = Snapshot.of(network)
-    size = sum(parameter.numel() for parameter in network.parameters())
-    method = pruner("magnitude")
-    options = method.options(keep_ratio=PRUNE["keep_ratio"] if cut == "channels" else 0.6, round_to=4, cut=cut)
-    context = Context(torch.Generator(), Silent(), tmp_path)
-    method(options).prune(network, context)
-    assert sum(parameter.numel() for parameter in network.parameters()) < size
-    save_network(network, tmp_path / "saved", surgery=diff(before, network), original_config=config_of(folder))
-    again = load_network(tmp_path / "saved", cls=part.cls)
-    first, second = run_probe(network), run_probe(again)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    side = 16 if part.cls == "UNet2DModel" else 8
-    export_component(part.name, again, tmp_path, ExportOptions(latent=side, tokens=8))
-    names = signature(again).inputs
-    inputs = example_feeds(again, Sizes(2, side, 8))
-    feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-    found = check_parity(part.name, again, tmp_path / "model.onnx", [(0.0, feeds)])
-    assert found["psnr_db"] > 90
 
 
 @pytest.mark.parametrize(
