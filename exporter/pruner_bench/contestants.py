@@ -78,6 +78,8 @@ def _zeros(name: str, method: str, *, informed: bool = True, options: Mapping[st
 
 _HALF: Mapping[str, Any] = MappingProxyType({"pattern": "unstructured", "keep_ratio": 0.5})
 _HALF_CUT: Mapping[str, Any] = MappingProxyType({"cut": "weights", "keep_ratio": 0.5})
+_GATES: Mapping[str, Any] = MappingProxyType({"iterations": 100, "images": 32})
+_SHARE = Knob("keep_ratio", "loop", values=(0.75, 0.7, 0.65, 0.5, 0.45, 0.4, 0.35))
 _BY: Mapping[str, Any] = MappingProxyType({**_BY_LATENCY, **_DATA})
 
 CONTESTANTS: tuple[Contestant, ...] = (
@@ -105,13 +107,9 @@ CONTESTANTS: tuple[Contestant, ...] = (
         informed=False,
         recovers=False,
     ),
-    Contestant(
-        "dip-go",
-        "dip-go",
-        "schedule",
-        {"iterations": 100, "images": 32},
-        Knob("keep_ratio", "loop", values=(0.75, 0.7, 0.65, 0.5, 0.45, 0.4, 0.35)),
-        recovers=False,
+    *(
+        Contestant(f"dip-go {order}", "dip-go", "schedule", {"order": order, **_GATES}, _SHARE, recovers=False)
+        for order in ("learned", "drift")
     ),
     _zeros("random 2:4", "random", informed=False, options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
     _zeros("magnitude 2:4", "magnitude", options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
