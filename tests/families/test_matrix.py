@@ -1,7 +1,7 @@
 """Every method on every family: pruned, it reloads bit-equal, and its graph answers in ONNX Runtime as torch does.
 
-Methods that leave a network of the same structure share its graph: weights are initializers, and to export it again
-would prove the same again. What a method does not prune, it refuses before any work, with the reason of the matrix.
+Methods whose records of edits are of the same kinds share a graph of the family: which channels or blocks go, and what
+weights stay, changes no operator. What a method does not prune, it refuses before any work, with the matrix's reason.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from exporter.lowering.scheduled import cuts_of
 from exporter.lowering.wrappers import Sizes, example_feeds, signature
 from exporter.networks.components import denoiser
 from exporter.networks.cuts import Cut
-from exporter.networks.fingerprint import structure_of
 from exporter.networks.storage import load_network, save_network
-from exporter.networks.surgery import Snapshot, diff
+from exporter.networks.surgery import Snapshot, Surgery, diff
 from exporter.preflight import check_recipe
 from exporter.progress import Silent
 from exporter.pruners import PRUNERS, pruner
@@ -125,10 +124,16 @@ def _check(name: str, family: str, loan: DenseLoan, folder: Path, proved: set[st
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items()), name
     graphs = [again] if outcome.schedule is None else cuts_of(part, again, outcome.schedule)
     for index, graph in enumerate(graphs):
-        key = f"{structure_of(again)} {graph.pattern.depth if isinstance(graph, Cut) else 'whole'}"
+        key = f"{_kinds(surgery)} {graph.pattern if isinstance(graph, Cut) else 'whole'}"
         if key not in proved:
             assert _parity(part.name, graph, part.cls, folder / f"graph-{index}") > 90, name
             proved.add(key)
+
+
+def _kinds(surgery: Surgery) -> str:
+    """Return what may differ between two graphs of a family besides numbers."""
+    kinds = sorted({entry.kind for entry in surgery.stand_in.values()})
+    return f"{kinds} {bool(surgery.keep)} {bool(surgery.resize)}"
 
 
 def _parity(name: str, graph: Any, cls: str, folder: Path) -> float:
