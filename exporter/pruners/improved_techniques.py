@@ -11,17 +11,18 @@ Removes residual and attention blocks whole. Does not reproduce the authors' met
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from exporter.artifact import write_text
+from exporter.artifact import digest_of
 from exporter.errors import RecipeError
 from exporter.progress import task
 from exporter.pruners.base import Block, Context, DataOptions, Outcome
 from exporter.pruners.latency_table import stopwatch_of
+from exporter.pruners.notes import Notes, notes
 from exporter.pruners.quality import METRICS, Loss, Metric, loss_of
 
 _NOTES = "sensitivities.json"
@@ -90,18 +91,21 @@ class ImprovedTechniques:
         """
         from exporter.pruners.blocks import blocks_of, remove_blocks  # diffusers takes seconds to import
         from exporter.pruners.protect import check_patterns
+        from exporter.tuning.checkpoint import digest_of_tensors
 
         options = self._options
         check_patterns(network, options.protect)
         loss = loss_of(options.metric, context, options.prompts, options.images)
-        search = _Search(network, blocks_of(network, options), options, context)
-        search.run(loss)
-        remove_blocks(network, search.gone)
-        return Outcome(search.facts(loss(network)))
+        key = digest_of([digest_of_tensors(network.state_dict()), asdict(options)])
+        with notes(context.workdir / _NOTES, key) as known:
+            search = _Search(network, blocks_of(network, options), options, context)
+            search.run(loss, known)
+            remove_blocks(network, search.gone)
+            return Outcome(search.facts(loss(network)))
 
 
 class _Search:
-    """The greedy search: what is gone, what each removal was thought to cost, and what is on disk of it."""
+    """The greedy search: what is gone, and what each removal was thought to cost."""
 
     def __init__(
         self, network: nn.Module, blocks: list[Block], options: ImprovedTechniquesOptions, context: Context
@@ -111,15 +115,12 @@ class _Search:
                 f"prune.method: {type(network).__name__} has {len(blocks)} removable blocks; expected at least two. "
                 "Shorten protect, or cut channels."
             )
-        self._network, self._options, self._context = network, options, context
+        self._network, self._options, self._progress = network, options, context.progress
         self._blocks = {block.path: block for block in blocks}
         self._stopwatch = stopwatch_of(context) if options.budget == "latency" else None
         self._costs = self._all_costs()
-        self._path = context.workdir / _NOTES
-        notes = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        self._order: list[list[Any]] = notes.get("order", [])
-        self._scores: dict[str, float] = notes.get("scores", {})
-        self._rounds = int(notes.get("rounds", 0))
+        self._order: list[tuple[str, float]] = []
+        self._evaluations = 0
         self._dense = self._size()
 
     @property
@@ -127,49 +128,51 @@ class _Search:
         """Blocks that the search removes, in its order."""
         return [self._blocks[path] for path, _ in self._order]
 
-    def run(self, loss: Loss) -> None:
-        """Search until the budget is kept."""
-        limit = self._options.keep_ratio * self._dense
+    def run(self, loss: Loss, known: Notes) -> None:
+        """Search until the budget is kept.
+
+        Args:
+            loss: what is lost by an edited network.
+            known: sensitivities that were found before a kill.
+        """
+        limit, scores = self._options.keep_ratio * self._dense, dict[str, float]()
         while (size := self._size_without(self.gone)) > limit:
-            left = [path for path in self._blocks if path not in {path for path, _ in self._order}]
+            left = [path for path in self._blocks if path not in dict(self._order)]
             if len(left) < 2:
                 raise RecipeError(
                     f"prune.keep_ratio: blocks alone do not reach it; got {self._options.keep_ratio:g}, expected "
                     f"{size / self._dense:.3f} or more, which one last block keeps. Raise it, or cut channels too."
                 )
-            if len(self._order) % self._options.reevaluate == 0 and not set(left) <= set(self._scores):
-                self._score(left, loss)
-            path = min(left, key=lambda name: (self._scores[name] / self._costs[name], name))
-            self._order.append([path, self._scores[path]])
             if len(self._order) % self._options.reevaluate == 0:
-                self._scores = {}
-            self._keep()
+                scores = self._scored(left, loss, known)
+            path = min(left, key=lambda name: (scores[name] / self._costs[name], name))
+            self._order.append((path, scores[path]))
 
     def facts(self, lost: float) -> dict[str, Any]:
         """Return what the search found, and what the whole of it has cost."""
         return {
             "metric": self._options.metric,
             "removed": [{"unit": path, "sensitivity": float(f"{score:.6g}")} for path, score in self._order],
-            "evaluations": self._rounds,
+            "evaluations": self._evaluations,
             "lost": float(f"{lost:.6g}"),
             self._options.budget: {"dense": self._dense, "pruned": self._size()},
         }
 
-    def _score(self, left: list[str], loss: Loss) -> None:
+    def _scored(self, left: list[str], loss: Loss, known: Notes) -> dict[str, float]:
+        """Return what is lost when each of these goes too."""
         from exporter.pruners.blocks import without
 
-        with task(self._context.progress, f"Sensitivity, {len(self._order)} blocks removed", len(left)) as told:
-            for path in left:
-                if path not in self._scores:
-                    with without(self._network, [*self.gone, self._blocks[path]]):
-                        self._scores[path] = loss(self._network)
-                    self._rounds += 1
-                    self._keep()
-                told.advance(note=path)
+        def lost(path: str) -> float:
+            with without(self._network, [*self.gone, self._blocks[path]]):
+                return loss(self._network)
 
-    def _keep(self) -> None:
-        notes = {"order": self._order, "scores": self._scores, "rounds": self._rounds}
-        write_text(self._path, json.dumps(notes))
+        done, scores = " ".join(path for path, _ in self._order), {}
+        with task(self._progress, f"Sensitivity, {len(self._order)} blocks removed", len(left)) as told:
+            for path in left:
+                scores[path] = float(known.once(f"{done} > {path}", partial(lost, path)))
+                told.advance(note=path)
+        self._evaluations += len(left)
+        return scores
 
     def _all_costs(self) -> dict[str, float]:
         if self._stopwatch is not None:
