@@ -88,13 +88,14 @@ class _Work:
         if find(read_rows(self._setting.out), row) is None or not (folder / "engines").is_dir():
             record = run_stages(folder, [], 0, self._setting, self._progress)
             values = values_of(record.cells[0], record.states[0], self._component)
-            values["latency_ratio_batch_1"] = Value(value=1.0)
+            values |= dict.fromkeys(("latency_ratio", "latency_ratio_batch_1"), Value(value=1.0))  # by definition
             values["macs"] = Value(value=self._macs(folder / "states" / DENSE))
             keep_row(row.model_copy(update={"values": values}), self._setting.out)
 
     def line(self, contestant: Contestant, target: float | None) -> None:
         """Measure a contestant at one latency: before recovery with every seed, after it with the first."""
-        rows = [self._row(contestant, target, 0, seed) for seed in range(self._plan.seeds)]
+        seeds = 1 if contestant.method == FEWER_STEPS else self._plan.seeds  # it draws nothing of its own
+        rows = [self._row(contestant, target, 0, seed) for seed in range(seeds)]
         if self._plan.recovery and contestant.recovers:
             rows.append(self._row(contestant, target, self._plan.recovery, 0))
         known = read_rows(self._setting.out)

@@ -56,5 +56,4 @@ def fewer_steps(steps: int, folder: Path, setting: Setting, progress: Progress) 
     values = {"latency_ratio": Value(value=ratio.value, low=ratio.low, high=ratio.high)}
     for item in found:
         values |= dict(of_images(item))
-    values["latency_ratio_batch_1"] = Value(value=steps / setting.steps)
     return values

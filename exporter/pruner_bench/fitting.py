@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporter.artifact import write_text
+from exporter.artifact import digest_of, write_text
 from exporter.errors import RecipeError
 from exporter.progress import Progress
 from exporter.pruner_bench.contestants import Contestant
@@ -67,7 +67,8 @@ class Fitter:
 
     def fit(self, contestant: Contestant, target: float) -> Fitted:
         """Return the knob's value for a fraction of dense's latency; found once, then read."""
-        kept = self.folder / f"{_plain(contestant.name)}-{target:g}.json"
+        made_by = digest_of([contestant.stage(None), self.prompts])[:8]  # of other options it would be another value
+        kept = self.folder / f"{_plain(contestant.name)}-{target:g}-{made_by}.json"
         if kept.is_file():
             found = json.loads(kept.read_text())
             tried = tuple((float(value), float(ratio)) for value, ratio in found["tried"])

@@ -157,9 +157,8 @@ def _of_denoiser(item: Measurement) -> Iterator[tuple[str, Value]]:
     if item.name == "fidelity.teacher_forced.psnr_db":
         yield "psnr_worst_db", Value(value=item.value)
         yield "psnr_mean_db", Value(value=item.detail["mean"])
-    elif item.name == "latency.loop_ms":
-        ratio = item.ratio
-        yield "latency_ratio", Value(value=ratio.value, low=ratio.low, high=ratio.high) if ratio else Value(value=1.0)
+    elif item.name == "latency.loop_ms" and item.ratio is not None:
+        yield "latency_ratio", Value(value=item.ratio.value, low=item.ratio.low, high=item.ratio.high)
     elif item.name == "size_bytes":
         yield "size_bytes", Value(value=item.value)
 
