@@ -16,6 +16,7 @@ from exporter.prompts import prompt_set
 from exporter.pruners.base import Stopwatch
 from exporter.sampling import drawing_of
 from exporter.states import form_of
+from exporter.tuning.base import Shelf
 
 if TYPE_CHECKING:  # seconds to import
     from exporter.tuning.data import LatentData
@@ -34,6 +35,7 @@ class DenseLoan:
         seed: noise of what is drawn here follows from it; it differs from that of what the run measures.
         folder: keeps recordings and latents, so that an interrupted stage goes on.
         progress: what long work reports to.
+        shelf: of training data; by default an own one.
     """
 
     dense: Artifact
@@ -42,6 +44,7 @@ class DenseLoan:
     seed: int
     folder: Path
     progress: Progress
+    shelf: Shelf | None = None
 
     @property
     def form(self) -> Form:
@@ -118,9 +121,10 @@ class DenseLoan:
         from exporter.tuning.data import Generation, generated
 
         how = self.drawing
-        plan = Generation(how.steps, how.guidance, how.height, self.seed, _AT_ONCE, self.form)
+        shelf = self.shelf or Shelf(self.folder / "data", self.seed)
+        plan = Generation(how.steps, how.guidance, how.height, shelf.seed, _AT_ONCE, self.form)
         return generated(
-            self.pipeline(), self.texts(prompts), samples, plan, folder=self.folder / "data", progress=self.progress
+            self.pipeline(), self.texts(prompts), samples, plan, folder=shelf.folder, progress=self.progress
         )
 
 

@@ -42,7 +42,7 @@ from exporter.recordings import resolved_sampling
 from exporter.sampling import use_scheduler
 from exporter.states import components_of, form_of, image_size
 from exporter.tuning import TUNERS, tuner
-from exporter.tuning.base import TuneContext
+from exporter.tuning.base import Shelf, TuneContext
 from exporter.validation import hint, one_of, options_from
 
 LIBRARIES = ("torch", "diffusers", "transformers", "torch-pruning", "accelerate", "safetensors")
@@ -71,6 +71,11 @@ class Lab:
     progress: Progress
     memo: FileMemo
     stopwatch: Stopwatch | str = "no target of the recipe can be used here"
+
+    @property
+    def shelf(self) -> Shelf:
+        """Training data of all stages; it stays until `exporter gc`."""
+        return Shelf(self.out / "work" / "data", seed_of(self.recipe.seed, 0, "data"))
 
     def prompts(self, name: str) -> list[str]:
         """Return the prompts of a named set or file."""
@@ -181,7 +186,9 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     parameters = parameter_count(network)
     seed = seed_of(job.lab.recipe.seed, job.index, "prune")
     sampling = resolved_sampling(job.lab.recipe, job.dense.path)
-    loan = DenseLoan(job.dense, sampling, job.lab.stopwatch, seed, job.workdir / "loan", job.lab.progress)
+    loan = DenseLoan(
+        job.dense, sampling, job.lab.stopwatch, seed, job.workdir / "loan", job.lab.progress, job.lab.shelf
+    )
     context = Context(torch.Generator().manual_seed(seed), job.lab.progress, job.workdir, loan)
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
@@ -229,6 +236,7 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
             guidance=sampling.guidance,
             size=image_size(sampling.size, job.dense.path),
             form=form_of(job.dense.path),
+            shelf=job.lab.shelf,
             sparsity=claims,
         ),
     )

@@ -13,7 +13,7 @@ def compare_pruners(  # noqa: PLR0913 - the command's flags
     *,
     names: tuple[str, ...] | None,
     latencies: str,
-    images: int,
+    images: tuple[int, int],
     seeds: int,
     recovery: tuple[int, int],
     progress: Progress,
@@ -24,7 +24,7 @@ def compare_pruners(  # noqa: PLR0913 - the command's flags
         out: folder of the bench; what is finished there is not done again.
         names: lines of the table; None for all.
         latencies: fractions of dense's latency, comma-separated.
-        images: prompts that are drawn and judged.
+        images: prompts that are drawn and judged, and as many after the long recovery.
         seeds: before recovery, and after the long one.
         recovery: optimizer steps of the short and the long one.
         progress: what long work reports to.
@@ -39,10 +39,13 @@ def compare_pruners(  # noqa: PLR0913 - the command's flags
     from exporter.pruner_bench.running import Setting
     from exporter.pruner_bench.table import markdown
 
-    setting = Setting(out, images)
-    plan = Plan(chosen(names), _fractions(latencies), seeds, *recovery)
+    setting = Setting(out, images[0])
+    plan = Plan(chosen(names), _fractions(latencies), seeds, *recovery, images[1])
     rows = in_order(bench_pruners(plan, setting, progress))
-    write_pages(rows, setting.sentence(), out)
+    sentence = setting.sentence()
+    if plan.long_recovery and images[1] != images[0]:
+        sentence += f" Rows after {plan.long_recovery:,} steps of recovery: {images[1]:,} prompts."
+    write_pages(rows, sentence, out)
     return f"{markdown(rows)}\nPage: {out / 'bench.html'}"
 
 

@@ -14,18 +14,20 @@ from torch import nn
 
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, locked, open_artifact
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, RecipeError
 from exporter.loan import DenseLoan
 from exporter.preflight import check_recipe
 from exporter.progress import Progress, Silent
 from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
-from exporter.pruner_bench.fitting import Fitted, Fitter
+from exporter.pruner_bench.fitting import Fitted, Fitter, least_of
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, run_stages, values_of
 from exporter.recordings import export_options
 from exporter.stopwatch import TargetStopwatch
 
 _LAYOUT = 1
+_OF_EVERY_SEED = ("psnr_mean_db", "psnr_worst_db", "parameters", "seconds")
+_RECORDED = 32  # images whose calls errors are measured on
 _SEED = 11  # of what methods draw: another noise than that of measuring and of recovery
 
 
@@ -36,9 +38,11 @@ class Plan:
     Attributes:
         contestants: in the order of the table.
         targets: fractions of dense's latency.
-        seeds: how many seeds before recovery, and after the long one.
+        seeds: how many seeds before recovery, and after the long one. What seeds after the first change before
+            recovery is told by the denoiser's errors alone: they draw no images to judge.
         recovery: optimizer steps of the short recovery; 0 for none.
         long_recovery: of the long one, for the best two at the lowest latency; 0 for none.
+        long_images: prompts that are drawn and judged after it.
     """
 
     contestants: tuple[Contestant, ...]
@@ -46,6 +50,7 @@ class Plan:
     seeds: int = 3
     recovery: int = 300
     long_recovery: int = 5000
+    long_images: int = 2048
 
 
 def bench_pruners(plan: Plan, setting: Setting, progress: Progress) -> list[Row]:
@@ -80,11 +85,16 @@ class _Work:
         self._plan, self._setting, self._progress = plan, setting, progress
         self._by_name = {contestant.name: contestant for contestant in plan.contestants}
 
+    @property
+    def _little(self) -> Setting:
+        """What suffices for seeds after the first: the recorded calls, and no images to judge."""
+        return replace(self._setting, images=min(_RECORDED, self._setting.images), latency_seconds=2.0)
+
     def dense_row(self) -> None:
         """Measure the dense model, which every run then links."""
         row = Row(name="dense", kind="dense", informed=False, target=None, recovery=0, seed=0, status="ok")
         row = row.model_copy(update={"key": self._key(row)})
-        folder = self._setting.out / "runs" / "dense"
+        folder = self._setting.dense
         if find(read_rows(self._setting.out), row) is None or not (folder / "engines").is_dir():
             record = run_stages(folder, [], 0, self._setting, self._progress)
             values = values_of(record.cells[0], record.states[0], self._component)
@@ -94,7 +104,7 @@ class _Work:
 
     def line(self, contestant: Contestant, target: float | None) -> None:
         """Measure a contestant at one latency: before recovery with every seed, after it with the first."""
-        seeds = 1 if contestant.method == FEWER_STEPS else self._plan.seeds  # it draws nothing of its own
+        seeds = self._plan.seeds if contestant.draws else 1
         rows = [self._row(contestant, target, 0, seed) for seed in range(seeds)]
         if self._plan.recovery and contestant.recovers:
             rows.append(self._row(contestant, target, self._plan.recovery, 0))
@@ -111,16 +121,18 @@ class _Work:
             self._close(open_rows, "not reachable", note)
             return
         for seed in sorted({row.seed for row in open_rows}):
-            self._measure(contestant, value, [row for row in open_rows if row.seed == seed], note)
+            of_seed = [row for row in open_rows if row.seed == seed]
+            self._measure(contestant, value, of_seed, note, self._little if seed else self._setting)
 
     def long_line(self, contestant: Contestant, target: float) -> None:
         """Measure a contestant after the long recovery, with every seed."""
         rows = [self._row(contestant, target, self._plan.long_recovery, seed) for seed in range(self._plan.seeds)]
         known = read_rows(self._setting.out)
         value, note = self._value(contestant, target)
+        setting = replace(self._setting, images=self._plan.long_images, states="final")
         for row in rows:
             if find(known, row) is None:
-                self._measure(contestant, value, [row], note)
+                self._measure(contestant, value, [row], note, setting)
 
     def best(self, count: int) -> list[Contestant]:
         """Return the contestants of the highest right-prompt rate at the lowest latency after the short recovery."""
@@ -133,33 +145,46 @@ class _Work:
         rows.sort(key=lambda row: -row.values["judge_rate"].value)
         return [self._by_name[row.name] for row in rows if row.name in self._by_name][:count]
 
-    def _measure(self, contestant: Contestant, value: float | None, rows: list[Row], note: str) -> None:
+    def _measure(
+        self, contestant: Contestant, value: float | None, rows: list[Row], note: str, setting: Setting
+    ) -> None:
         """Carry the stages of one seed out and keep its rows."""
-        folder = self._setting.out / "runs" / rows[-1].id
+        folder = setting.out / "runs" / rows[-1].id
+        prune = contestant.stage(value)
         try:
+            run_stages(setting.dense, [], 0, setting, Silent())  # reused where it is there
             if contestant.method == FEWER_STEPS:
-                from exporter.pruner_bench.fewer_steps import fewer_steps
-
                 assert value is not None
-                steps = round(value * self._setting.steps)
-                values = fewer_steps(steps, folder, self._setting, self._progress)
+                found, note = self._fewer_steps(round(value * setting.steps), folder, setting), ""
                 for row in rows:
-                    keep_row(row.model_copy(update={"values": values, "note": f"{steps} steps"}), self._setting.out)
-                drop_heavy(folder)
+                    keep_row(row.model_copy(update=found), setting.out)
                 return
-            prune = contestant.stage(value)
-            tuned = [self._setting.recovery(row.recovery) for row in rows if row.recovery]
-            record = run_stages(folder, [prune, *tuned], rows[0].seed, self._setting, self._progress)
+            tuned = [setting.recovery(row.recovery) for row in rows if row.recovery]
+            record = run_stages(folder, [prune, *tuned], rows[0].seed, setting, self._progress)
+            cells = {cell.state: cell for cell in record.cells}
+            once = self._once(contestant, folder, record.states[1].facts)
         except ExporterError as error:
-            self._close(rows, "failed", str(error))
+            least = least_of(str(error)) if contestant.knob is not None else None
+            if isinstance(error, RecipeError) and least is not None:
+                self._close(rows, "not reachable", f"not reachable: {least:.2f}x")
+            else:
+                self._close(rows, "failed", str(error))
             return
-        once = self._once(contestant, folder, record.states[1].facts)
         for row in rows:
-            index = 2 if row.recovery else 1
-            values = {**values_of(record.cells[index], record.states[index], self._component), **once}
+            state = record.states[2 if row.recovery else 1]
+            values = {**values_of(cells[state.id], state, self._component), **once}
             values["seconds"] = Value(value=record.states[1].seconds)
-            keep_row(row.model_copy(update={"values": values, "stage": prune, "note": note}), self._setting.out)
+            if row.seed and not row.recovery:
+                values = {name: values[name] for name in _OF_EVERY_SEED if name in values}
+            keep_row(row.model_copy(update={"values": values, "stage": prune, "note": note}), setting.out)
         drop_heavy(folder)
+
+    def _fewer_steps(self, steps: int, folder: Path, setting: Setting) -> dict[str, Any]:
+        from exporter.pruner_bench.fewer_steps import fewer_steps
+
+        values = fewer_steps(steps, folder, setting, self._progress)
+        drop_heavy(folder)
+        return {"values": values, "note": f"{steps} steps"}
 
     def _once(self, contestant: Contestant, folder: Path, facts: dict[str, Any]) -> dict[str, Value]:
         """Return what does not depend on weights: multiply-accumulates, and the latency of single images."""
@@ -175,8 +200,8 @@ class _Work:
         """Return the knob's value for a latency, and a note; None where it cannot be reached."""
         if contestant.knob is None or target is None:
             return None, ""
-        if contestant.method == FEWER_STEPS:
-            return target, ""
+        if contestant.method == FEWER_STEPS or contestant.knob.meaning in ("latency", "relative"):
+            return target, ""  # the method finds its own way to a latency, and measures it
         fitted = (
             self._fit_loop(contestant, target)
             if contestant.knob.meaning == "loop"
@@ -189,7 +214,7 @@ class _Work:
         assert contestant.knob is not None
         tried: list[tuple[float, float]] = []
         small = replace(self._setting, out=self._setting.out / "fits" / "loops", images=self._setting.batch)
-        run_stages(small.out / "runs" / "dense", [], 0, small, Silent())
+        run_stages(small.dense, [], 0, small, Silent())
         for value in contestant.knob.values:
             folder = small.out / "runs" / f"{contestant.name}-{value:g}"
             record = run_stages(folder, [contestant.stage(value)], 0, small, self._progress)
@@ -214,6 +239,8 @@ class _Work:
 
     def _key(self, row: Row, contestant: Contestant | None = None) -> str:
         setting = {key: str(value) for key, value in vars(self._setting).items() if key != "out"}
+        if row.recovery and row.recovery == self._plan.long_recovery:
+            setting["images"] = str(self._plan.long_images)
         stage = None if contestant is None else contestant.stage(None)
         recovery = self._setting.recovery(row.recovery) if row.recovery else None
         return digest_of([_LAYOUT, __version__, row.id, setting, stage, recovery])

@@ -42,6 +42,7 @@ class Contestant:
         informed: whether it looks at weights or data; it then has to beat `random` of the same kind.
         kind: what it removes; lines of one kind are compared with that kind's random one.
         recovers: whether training the network afterwards is part of it; a schedule leaves the weights as they are.
+        draws: whether what it removes depends on the seed.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Contestant:
     knob: Knob | None = None
     informed: bool = True
     recovers: bool = True
+    draws: bool = True
 
     def stage(self, value: float | None) -> dict[str, Any]:
         """Return the recipe's stage at a value of the knob."""
@@ -67,13 +69,21 @@ _DATA: Mapping[str, Any] = MappingProxyType({"images": 32})
 
 
 def _cut(
-    name: str, method: str, kind: str = "channels", *, informed: bool = True, options: Mapping[str, Any] | None = None
+    name: str,
+    method: str,
+    kind: str = "channels",
+    *,
+    informed: bool = True,
+    draws: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Contestant:
-    return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed)
+    return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed, draws=draws)
 
 
-def _zeros(name: str, method: str, *, informed: bool = True, options: Mapping[str, Any]) -> Contestant:
-    return Contestant(name, method, "zeros", options, None, informed)
+def _zeros(
+    name: str, method: str, *, informed: bool = True, draws: bool = True, options: Mapping[str, Any]
+) -> Contestant:
+    return Contestant(name, method, "zeros", options, None, informed, draws=draws)
 
 
 _HALF: Mapping[str, Any] = MappingProxyType({"pattern": "unstructured", "keep_ratio": 0.5})
@@ -83,9 +93,11 @@ _SHARE = Knob("keep_ratio", "loop", values=(0.75, 0.7, 0.65, 0.5, 0.45, 0.4, 0.3
 _BY: Mapping[str, Any] = MappingProxyType({**_BY_LATENCY, **_DATA})
 
 CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant(FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False, recovers=False),
+    Contestant(
+        FEWER_STEPS, FEWER_STEPS, "steps", knob=Knob("steps", "keep"), informed=False, recovers=False, draws=False
+    ),
     _cut("random", "random", informed=False),
-    _cut("magnitude", "magnitude"),
+    _cut("magnitude", "magnitude", draws=False),
     _cut("taylor", "taylor", options=_DATA),
     _cut("diff-pruning", "diff-pruning", options=_DATA),
     _cut("diff-pruning squares", "diff-pruning", options={**_DATA, "score": "squares"}),
@@ -93,11 +105,14 @@ CONTESTANTS: tuple[Contestant, ...] = (
     _cut("diff-pruning global", "diff-pruning", options={**_DATA, "ranking": "global"}),
     Contestant("ecodiff", "ecodiff", "channels", {"images": 16, "steps": 60, "sampler_steps": 6}, _KEEP),
     _cut("random blocks", "random", "blocks", informed=False),
-    _cut("magnitude blocks", "magnitude", "blocks"),
+    _cut("magnitude blocks", "magnitude", "blocks", draws=False),
     Contestant("laptop-diff", "laptop-diff", "blocks", _BY, Knob("keep_ratio", "latency")),
     Contestant("improved-techniques", "improved-techniques", "blocks", _BY, Knob("keep_ratio", "latency")),
     Contestant("snapfusion", "snapfusion", "blocks", _DATA, Knob("latency", "relative")),
-    *(Contestant(f"bk-sdm {preset}", "bk-sdm", "blocks", {"preset": preset}) for preset in ("base", "small", "tiny")),
+    *(
+        Contestant(f"bk-sdm {preset}", "bk-sdm", "blocks", {"preset": preset}, draws=False)
+        for preset in ("base", "small", "tiny")
+    ),
     Contestant(
         "deepcache",
         "deepcache",
@@ -106,19 +121,29 @@ CONTESTANTS: tuple[Contestant, ...] = (
         Knob("interval", "loop", values=(2.0, 3.0, 4.0, 5.0, 7.0, 10.0)),
         informed=False,
         recovers=False,
+        draws=False,
+    ),
+    Contestant(
+        "random schedule",
+        "dip-go",
+        "schedule",
+        {"order": "random", "images": 1},
+        _SHARE,
+        informed=False,
+        recovers=False,
     ),
     *(
         Contestant(f"dip-go {order}", "dip-go", "schedule", {"order": order, **_GATES}, _SHARE, recovers=False)
         for order in ("learned", "drift")
     ),
     _zeros("random 2:4", "random", informed=False, options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
-    _zeros("magnitude 2:4", "magnitude", options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
+    _zeros("magnitude 2:4", "magnitude", draws=False, options={"cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}),
     _zeros("wanda 2:4", "wanda", options=_DATA),
     _zeros("sparsegpt 2:4", "sparsegpt", options=_DATA),
     _zeros("obs-diff 2:4", "obs-diff", options=_DATA),
     _zeros("sparsedm 2:4", "sparsedm", options={**_DATA, "steps": 300, "samples": 256}),
     _zeros("random 50 %", "random", informed=False, options=_HALF_CUT),
-    _zeros("magnitude 50 %", "magnitude", options=_HALF_CUT),
+    _zeros("magnitude 50 %", "magnitude", draws=False, options=_HALF_CUT),
     _zeros("wanda 50 %", "wanda", options={**_DATA, **_HALF}),
     _zeros("sparsegpt 50 %", "sparsegpt", options={**_DATA, **_HALF}),
 )

@@ -33,7 +33,7 @@ def fewer_steps(steps: int, folder: Path, setting: Setting, progress: Progress) 
     from exporter.runtime import EngineFacts, close_sessions, open_sessions
     from exporter.states import config_of
 
-    dense = setting.out / "runs" / "dense"
+    dense = setting.dense
     recipe = setting.recipe(folder, [], 0)
     state, memo = open_artifact(dense / "states" / DENSE), FileMemo.load(dense)
     recording = dense_recording(recipe, state, dense, progress, memo)

@@ -80,12 +80,6 @@ class Fitter:
 
     def _fit(self, contestant: Contestant, target: float) -> Fitted:
         assert contestant.knob is not None
-        if contestant.knob.meaning != "keep":  # the method finds its own way to a latency, and measures it
-            try:
-                ratio = self.ratio(contestant, target)
-            except RecipeError as error:
-                return Fitted(None, _least(str(error)), (), str(error))
-            return Fitted(target, ratio, ((target, ratio),))
         return search(lambda value: self.ratio(contestant, value), target, contestant.knob.low)
 
     def ratio(self, contestant: Contestant, value: float | None) -> float:
@@ -102,8 +96,7 @@ class Fitter:
         options = options_from(method.options, given, "prune")
         network = copy.deepcopy(self.network)
         # What a method learns of a network before it cuts to a ratio serves every ratio.
-        by_ratio = contestant.knob is not None and contestant.knob.meaning == "keep"
-        workdir = self.folder / "work" / _plain(f"{contestant.name}-{'any' if by_ratio else value}-{seed}")
+        workdir = self.folder / "work" / _plain(f"{contestant.name}-{seed}")
         workdir.mkdir(parents=True, exist_ok=True)
         context = Context(torch.Generator().manual_seed(seed), self.progress, workdir, self.loan)
         method(options).prune(network, context)
@@ -146,7 +139,7 @@ def search(ratio: Callable[[float], float], target: float, low: float) -> Fitted
     return Fitted(None, least, tuple(tried), f"not reachable: {least:.2f}x")
 
 
-def _least(message: str) -> float | None:
+def least_of(message: str) -> float | None:
     """Return the least ratio that a method's refusal names; None where it names none."""
     found = re.search(r"expected (?:at least )?([0-9.]+)", message)
     return float(found[1].rstrip(".")) if found else None

@@ -24,7 +24,7 @@ TARGET = "openvino"
 DENSE = "0-dense"
 _LINKED = ("states/0-dense", "recordings", "lowered", "engines/0-dense", "cells/0-dense", "images/0-dense")
 """What every run has alike; made once and linked."""
-_HEAVY = ("engines", "lowered", "images", "recordings")
+_HEAVY = ("engines", "lowered", "images", "recordings", "work")
 """What a finished run is rid of."""
 
 
@@ -43,6 +43,7 @@ class Setting:
         size: image side in pixels.
         source: of the recipe.
         latency_seconds: budget of every latency.
+        states: which are measured, besides dense.
     """
 
     out: Path
@@ -55,6 +56,12 @@ class Setting:
     size: int = 64
     source: str = "reference:shapes"
     latency_seconds: float = 20.0
+    states: str = "all"
+
+    @property
+    def dense(self) -> Path:
+        """Folder of the dense model's run with as many images."""
+        return self.out / "runs" / f"dense-{self.images}"
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -70,7 +77,7 @@ class Setting:
     def sentence(self) -> str:
         """Say how the numbers were taken."""
         return (
-            f"Embedded model ({self.source}), {self.images} prompts of {self.prompts}, one image each from seeds 0 on, "
+            f"Embedded model ({self.source}), {self.images:,} prompts of {self.prompts}, one image each, seeds from 0, "
             f"DPM-Solver++ {self.steps} steps, guidance {self.guidance:g}, {self.size} px, OpenVINO f32, batch "
             f"{self.batch}; latency is the ratio to the dense engine, taken in alternating pairs."
         )
@@ -85,7 +92,7 @@ class Setting:
             "stages": stages,
             "targets": {TARGET: {"type": "openvino", "precision": "f32"}},
             "measure": {
-                "states": "all",
+                "states": self.states,
                 "prompts": self.prompts,
                 "images": self.images,
                 "calls": min(32, self.images),
@@ -114,13 +121,15 @@ def run_stages(
     """
     from exporter.run import run_recipe  # seconds to import
 
-    dense = setting.out / "runs" / "dense"
-    if folder != dense:
-        _link(dense, folder)
+    if folder != setting.dense:
+        _link(setting.dense, folder)
+    shelf = setting.out / "data"
+    _share(shelf, folder / "work" / "data")
     record = run_recipe(setting.recipe(folder, stages, seed), folder, progress=progress, ignore_memory=True)
     failed = next((cell for cell in record.cells if cell.status != "ok"), None)
     if failed is not None:
         raise ComponentFailed(failed.error)
+    _share(folder / "work" / "data", shelf)
     return record
 
 
@@ -201,3 +210,11 @@ def _link(source: Path, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(source / name, staging, copy_function=os.link)
             staging.rename(target)
+
+
+def _share(source: Path, folder: Path) -> None:
+    """Hard-link training data, whose names say what it was made from."""
+    for file in source.glob("*.safetensors"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / file.name).exists():
+            os.link(file, folder / file.name)

@@ -45,8 +45,9 @@ class DipGoOptions(DataOptions):
         prompts: a set or file of prompts, none of those that the run measures on. The embedded model has its own.
         images: how many of them are drawn, in turn.
         keep_ratio: fraction of the denoiser's operations over all steps that stays, in (0, 1]; never exceeded.
-        order: ``learned`` gates as published, or ``drift``, which is not DiP-GO: it trains nothing and prices every
-            reuse by the error that it makes in recorded answers (`exporter.pruners.drift`).
+        order: ``learned`` gates as published; ``drift``, which is not DiP-GO: it trains nothing and prices every
+            reuse by the error that it makes in recorded answers (`exporter.pruners.drift`); or ``random`` scores, the
+            baseline that both have to beat.
         iterations: updates of the gates, each a whole trajectory and its way back.
         learning_rate: at the start; it falls as a cosine.
         similarity: ``ssim`` of decoded images, or the mean squared error of final ``latent``.
@@ -56,7 +57,7 @@ class DipGoOptions(DataOptions):
     """
 
     keep_ratio: float = field(default=0.5, metadata={"exclusiveMinimum": 0, "maximum": 1})
-    order: Literal["learned", "drift"] = "learned"
+    order: Literal["learned", "drift", "random"] = "learned"
     iterations: int = field(default=200, metadata={"minimum": 1})
     learning_rate: float = field(default=0.2, metadata={"exclusiveMinimum": 0})
     similarity: Literal["ssim", "latent"] = "ssim"
@@ -74,7 +75,7 @@ class DipGoOptions(DataOptions):
         super().__post_init__()
         for key, holds, expected in (
             ("keep_ratio", 0 < self.keep_ratio <= 1, "a number in (0, 1]. Write 0.5 to keep half of the compute"),
-            ("order", self.order in ("learned", "drift"), "learned or drift. Write learned"),
+            ("order", self.order in ("learned", "drift", "random"), "learned, drift or random. Write learned"),
             ("iterations", self.iterations >= 1, "a whole number of at least 1. Write 200"),
             ("learning_rate", self.learning_rate > 0, "a number above 0. Write 0.2"),
             ("similarity", self.similarity in ("ssim", "latent"), "ssim or latent. Write ssim"),
@@ -111,6 +112,9 @@ class DipGo:
         steps = len(sampler.timesteps)
         zeros = torch.zeros((steps, sampler.levels), dtype=torch.float64).numpy()
         best_depths(zeros, sampler.costs, options.keep_ratio)  # an unreachable budget is refused before any work
+        if options.order == "random":
+            drawn = torch.rand(zeros.shape, generator=context.generator, dtype=torch.float64).numpy()
+            return sampler.outcome(best_depths(drawn, sampler.costs, options.keep_ratio), order=options.order)
         if options.order == "drift":
             from exporter.pruners.drift import least_error, reuse_errors
 

@@ -17,6 +17,19 @@ if TYPE_CHECKING:  # seconds to import
 
 
 @dataclass(frozen=True)
+class Shelf:
+    """Where training data is kept for every stage of a run, so that the same latents are not drawn twice.
+
+    Attributes:
+        folder: holds chunks under the digest of what they were made from.
+        seed: what is drawn follows from it.
+    """
+
+    folder: Path
+    seed: int
+
+
+@dataclass(frozen=True)
 class TuneContext:
     """What the run lends to a method.
 
@@ -29,6 +42,7 @@ class TuneContext:
         guidance: its guidance scale.
         size: its image side in pixels.
         form: how the dense pipeline is called.
+        shelf: of training data; by default an own one.
         sparsity: name of a weight -> (n, m): zeros of the student that must stay; see `exporter.networks.sparsity`.
     """
 
@@ -40,6 +54,7 @@ class TuneContext:
     guidance: float
     size: int
     form: Form = Form()  # noqa: RUF009 - frozen
+    shelf: Shelf | None = None
     sparsity: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 

@@ -278,11 +278,12 @@ class _Chunks:
         with task(progress, f"training data ({self.name})", self.count):
             for start in range(0, self.count, self.size):
                 stop = min(start + self.size, self.count)
-                path = self.folder / f"{self.name}-{start:06d}.safetensors"
-                kept = read(path, key=key(start, stop))
+                made_from = key(start, stop)
+                path = self.folder / f"{self.name}-{start:06d}-{made_from[:16]}.safetensors"
+                kept = read(path, key=made_from)
                 if kept is None:
                     made = make(start, stop)
-                    write(path, {"latents": made}, key=key(start, stop))
+                    write(path, {"latents": made}, key=made_from)
                     found.append(made)
                 else:
                     found.append(kept.tensors["latents"])

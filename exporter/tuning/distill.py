@@ -20,7 +20,7 @@ from torch import nn
 from calibration.calling import Form
 from exporter.errors import RecipeError, ToolMissing
 from exporter.networks.components import denoiser, family
-from exporter.tuning.base import TuneContext
+from exporter.tuning.base import Shelf, TuneContext
 from exporter.tuning.data import Generation, LatentData, encoded, generated, noise_schedule
 from exporter.tuning.images import captioned_images
 from exporter.tuning.options import GENERATED, DistillOptions
@@ -71,14 +71,14 @@ class Distill:
         return {"data": self._options.data, **facts}
 
     def _data(self, teacher: DiffusionPipeline, context: TuneContext) -> LatentData:
-        folder = context.workdir / "data"
-        plan = Generation(context.steps, context.guidance, context.size, context.seed, 32, context.form)
+        shelf = context.shelf or Shelf(context.workdir / "data", context.seed)
+        plan = Generation(context.steps, context.guidance, context.size, shelf.seed, 32, context.form)
         if self._options.data == GENERATED:
             prompts = context.prompts(str(self._options.prompts))
             count = self._options.samples
-            return generated(teacher, prompts, count, plan, folder=folder, progress=context.progress)
+            return generated(teacher, prompts, count, plan, folder=shelf.folder, progress=context.progress)
         images = captioned_images(Path(self._options.data))
-        return encoded(teacher, images, replace(plan, batch=8), folder=folder, progress=context.progress)
+        return encoded(teacher, images, replace(plan, batch=8), folder=shelf.folder, progress=context.progress)
 
 
 def _check_form(teacher: DiffusionPipeline, form: Form) -> None:

@@ -148,7 +148,7 @@ def test_pages_show_every_row_and_nothing_from_outside(tmp_path):
 @pytest.mark.parametrize("text", ["", "half", "1.5", "0.5,0"])
 def test_latencies_that_are_none_are_refused(text, tmp_path):
     with pytest.raises(RecipeError, match=r"--latencies: got .* Write --latencies 0\.75,0\.5"):
-        compare_pruners(tmp_path, names=None, latencies=text, images=16, seeds=1, recovery=(0, 0), progress=None)
+        compare_pruners(tmp_path, names=None, latencies=text, images=(16, 16), seeds=1, recovery=(0, 0), progress=None)
 
 
 def test_unknown_contestants_are_refused_with_the_nearest():
