@@ -251,7 +251,7 @@ class _Work:
 
     @cached_property
     def _dense(self) -> Artifact:
-        return open_artifact(self._setting.out / "runs" / "dense" / "states" / DENSE)
+        return open_artifact(self._setting.dense / "states" / DENSE)
 
     @cached_property
     def _component(self) -> str:

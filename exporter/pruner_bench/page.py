@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,9 +13,9 @@ from markupsafe import Markup
 
 from exporter.artifact import write_text
 from exporter.pruner_bench.claims import claims
+from exporter.pruner_bench.plot import latency_against_fidelity
 from exporter.pruner_bench.rows import COLUMNS, Row
 from exporter.pruner_bench.table import HEAD, cells, grouped, markdown, sections, title
-from exporter.report.charts import MARKER_GLYPHS, SERIES, Axes, Point, scatter_chart
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -24,6 +25,8 @@ _PAGE = """<!doctype html>
 td, th { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 .wide { overflow-x: auto; }
+.drawn { margin: 14px 0; background: #fff; }
+.drawn svg { display: block; width: 100%; height: auto; }
 td.note { text-align: left; white-space: normal; }
 </style></head><body><main>
 <h1>Pruning methods on one bench</h1>
@@ -31,7 +34,7 @@ td.note { text-align: left; white-space: normal; }
 <h2>What holds</h2><ul>{% for claim in claims %}<li>{{ claim.text }}:
 <strong>{{ {True: "holds", False: "does not hold", None: "not measured"}[claim.holds] }}</strong>. {{ claim.told }}</li>
 {% endfor %}</ul>
-{% for chart in charts %}<h2>{{ chart.title }}</h2>{{ chart.svg }}<p>{{ chart.legend }}</p>{% endfor %}
+{% for chart in charts %}<figure class="drawn">{{ chart }}</figure>{% endfor %}
 {% for part in parts %}<h2>{{ part.title }}</h2><div class="wide"><table><thead><tr>
 {% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for line in part.lines %}<tr>
@@ -44,7 +47,7 @@ td.note { text-align: left; white-space: normal; }
 
 
 def write_pages(rows: Sequence[Row], setting: str, out: Path) -> None:
-    """Write ``bench.json``, ``bench.md`` and ``bench.html``.
+    """Write ``bench.json``, ``bench.md``, ``bench.html`` and its drawings, ``before.svg`` and ``recovered-N.svg``.
 
     Args:
         rows: of the bench, in the order of the table.
@@ -55,6 +58,8 @@ def write_pages(rows: Sequence[Row], setting: str, out: Path) -> None:
     write_text(out / "bench.json", json.dumps(plain, indent=1) + "\n")
     told = "\n".join(f"- {claim.line()}" for claim in claims(rows))
     write_text(out / "bench.md", f"{setting}\n\n{told}\n\n{markdown(rows)}")
+    for name, (_, svg) in _drawings(rows).items():
+        write_text(out / f"{name}.svg", svg)
     write_text(out / "bench.html", render(rows, setting))
 
 
@@ -75,45 +80,33 @@ def render(rows: Sequence[Row], setting: str) -> str:
         css=Markup(css),
         setting=setting,
         claims=claims(rows),
-        charts=[chart for chart in (_chart(rows, 0), _chart(rows, _short(rows))) if chart],
+        charts=[Markup(_inline(svg)) for _, svg in _drawings(rows).values()],  # drawn here, names escaped
         parts=parts,
         head=HEAD,
         columns=COLUMNS,
     )
 
 
-def _short(rows: Sequence[Row]) -> int:
-    return min((row.recovery for row in rows if row.recovery), default=-1)
+def _inline(svg: str) -> str:
+    """Return an SVG document as an element of a page: no prolog, no namespaces, no links of the kind of old."""
+    element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    return element.replace("xlink:href=", "href=")
 
 
-def _chart(rows: Sequence[Row], recovery: int) -> dict[str, object] | None:
-    """Draw latency against the right-prompt rate, one point a contestant and latency."""
+def _drawings(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Return file name -> heading and SVG document: before recovery, and after each length of it."""
     dense = [row for row in rows if row.name == "dense"]
-    chosen = [
-        row for row in rows if row.recovery == recovery and row.seed == 0 and row.status == "ok" and row.name != "dense"
-    ]
-    if not chosen:
-        return None
-    names = list(dict.fromkeys(row.name for row in [*dense, *chosen]))
-    points = []
-    for row in [*dense, *chosen]:
-        ratio, rate = row.values.get("latency_ratio"), row.values.get("judge_rate")
-        if ratio is None or rate is None:
-            continue
-        index = names.index(row.name)
-        points.append(
-            Point(
-                label=f"{row.name}: {ratio.value:.2f}x, {rate.value:.3f}",
-                series=index % SERIES,
-                marker=index,
-                text=str(index),
-                x=ratio.value,
-                y=rate.value,
-                y_interval=None if rate.low is None or rate.high is None else (rate.low, rate.high),
+    found = {}
+    for recovery in sorted({row.recovery for row in rows}):
+        ok = [row for row in rows if row.status == "ok" and row.name != "dense" and row.seed == 0]
+        # A schedule and the plain sampler are never trained: their rows stand beside those that are.
+        trained = {row.name for row in ok if row.recovery}
+        chosen = [row for row in ok if row.recovery == recovery or (recovery and row.name not in trained)]
+        if chosen:
+            told = f"after {recovery:,} steps of recovery" if recovery else "before recovery"
+            heading = f"Latency against fidelity, {told}"
+            found[f"recovered-{recovery}" if recovery else "before"] = (
+                heading,
+                latency_against_fidelity([*dense, *chosen], heading),
             )
-        )
-    axes = Axes(f"bench-{recovery}", "denoising loop, x dense", "right-prompt rate", "latency against fidelity")
-    legend = ", ".join(f"{MARKER_GLYPHS[i % len(MARKER_GLYPHS)]} {i} {name}" for i, name in enumerate(names))
-    heading = "before recovery" if not recovery else f"after {recovery:,} steps of recovery"
-    svg = Markup(scatter_chart(points, axes))
-    return {"title": f"Latency against fidelity, {heading}", "svg": svg, "legend": legend}
+    return found

@@ -97,8 +97,9 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def find(rows: Iterable[Row], wanted: Row) -> Row | None:
-    """Return the finished row that has the id and the key of a wanted one."""
-    return next((row for row in rows if row.id == wanted.id and row.key == wanted.key), None)
+    """Return the finished row that has the id and the key of a wanted one; what failed is tried again."""
+    same = (row for row in rows if row.id == wanted.id and row.key == wanted.key)
+    return next((row for row in same if row.status != "failed"), None)
 
 
 def _read(path: Path) -> Row:
