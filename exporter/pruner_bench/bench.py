@@ -19,7 +19,7 @@ from exporter.loan import DenseLoan
 from exporter.preflight import check_recipe
 from exporter.progress import Progress, Silent
 from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
-from exporter.pruner_bench.fitting import Fitted, Fitter, least_of
+from exporter.pruner_bench.fitting import Fitted, Fitter, first_below, least_of
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, run_stages, values_of
 from exporter.recordings import export_options
@@ -212,18 +212,16 @@ class _Work:
     def _fit_loop(self, contestant: Contestant, target: float) -> Fitted:
         """Try the values of a knob whose networks are as fast as before, but not asked at every step."""
         assert contestant.knob is not None
-        tried: list[tuple[float, float]] = []
         small = replace(self._setting, out=self._setting.out / "fits" / "loops", images=self._setting.batch)
+        small = replace(small, latency_seconds=self._setting.latency_seconds / 2)
         run_stages(small.dense, [], 0, small, Silent())
-        for value in contestant.knob.values:
+
+        def ratio(value: float) -> float:
             folder = small.out / "runs" / f"{contestant.name}-{value:g}"
             record = run_stages(folder, [contestant.stage(value)], 0, small, self._progress)
-            found = values_of(record.cells[1], record.states[1], self._component)["latency_ratio"].value
-            tried.append((value, found))
-            if found <= target + 0.01:
-                return Fitted(value, found, tuple(tried))
-        least = min(ratio for _, ratio in tried)
-        return Fitted(None, least, tuple(tried), f"not reachable: {least:.2f}x")
+            return values_of(record.cells[1], record.states[1], self._component)["latency_ratio"].value
+
+        return first_below(ratio, contestant.knob.values, target)
 
     def _row(self, contestant: Contestant, target: float | None, recovery: int, seed: int) -> Row:
         row = Row(

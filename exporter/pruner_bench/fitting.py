@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,26 @@ def search(ratio: Callable[[float], float], target: float, low: float) -> Fitted
         return Fitted(best, found, tuple(tried), f"the nearest to {target:g}x that its steps allow")
     least = min(found for _, found in tried)
     return Fitted(None, least, tuple(tried), f"not reachable: {least:.2f}x")
+
+
+def first_below(ratio: Callable[[float], float], values: Sequence[float], target: float) -> Fitted:
+    """Return the first of some values whose ratio is not above the target, by bisection.
+
+    Args:
+        ratio: from a value to a latency as a fraction of dense's.
+        values: in the order of falling ratios.
+        target: the fraction asked for.
+    """
+    tried: dict[float, float] = {}
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        tried[values[middle]] = ratio(values[middle])
+        low, high = (low, middle) if tried[values[middle]] <= target + TOLERANCE / 3 else (middle + 1, high)
+    if low < len(values):
+        return Fitted(values[low], tried[values[low]], tuple(tried.items()))
+    least = min(tried.values())
+    return Fitted(None, least, tuple(tried.items()), f"not reachable: {least:.2f}x")
 
 
 def least_of(message: str) -> float | None:

@@ -11,7 +11,7 @@ from exporter.errors import ArtifactError, RecipeError
 from exporter.pruner_bench import compare_pruners
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.contestants import CONTESTANTS, chosen
-from exporter.pruner_bench.fitting import TOLERANCE, search
+from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import paired_change
@@ -155,3 +155,18 @@ def test_unknown_contestants_are_refused_with_the_nearest():
     assert [contestant.name for contestant in chosen(("taylor", "random"))] == ["random", "taylor"]
     with pytest.raises(RecipeError, match=r"bench pruners: got 'tailor', expected .*Did you mean 'taylor'"):
         chosen(("tailor",))
+
+
+@pytest.mark.parametrize(("target", "value"), [(0.75, 3.0), (0.5, 5.0), (0.3, None)])
+def test_of_values_in_turn_the_first_that_is_fast_enough_is_found(target, value):
+    ratios = {2.0: 0.9, 3.0: 0.74, 4.0: 0.6, 5.0: 0.5, 7.0: 0.4}
+    asked = []
+
+    def ratio(tried):
+        asked.append(tried)
+        return ratios[tried]
+
+    found = first_below(ratio, tuple(ratios), target)
+    assert found.value == value
+    assert len(asked) <= 3
+    assert (found.note == "not reachable: 0.40x") == (value is None)
