@@ -27,13 +27,14 @@ def removals(layers: Sequence[Layer], options: CutOptions, score: Score) -> list
         score: (layer.units,) float scores of a layer, larger is kept.
 
     Raises:
-        RecipeError: the narrowest widths together exceed the ratio.
+        RecipeError: the ratio would empty a layer, or the narrowest widths together exceed it.
         ComponentFailed: a score is not a number.
 
     Source: local and global pruning as in Torch-Pruning (arXiv 2301.12900). Departs: the budget counts channels that
         stay, in whole steps of `round_to` and of the norm's groups, and no layer is emptied.
     """
     if options.ranking == "local":
+        _refuse_emptied(layers, options)
         counts = [kept_units(layer, options) for layer in layers]
         return [
             removed_units(layer, checked(layer, score(layer)), count) if count < layer.units else []
@@ -98,6 +99,18 @@ def kept_units(layer: Layer, options: CutOptions) -> int:
     """
     wanted = options.keep_ratio * layer.units
     return min(steps_of(layer, options), key=lambda count: (abs(count - wanted), -count))
+
+
+def _refuse_emptied(layers: Sequence[Layer], options: CutOptions) -> None:
+    """Refuse a ratio that is nearer to nothing than to the narrowest width of a layer that can be cut."""
+    shares = [(min(steps_of(layer, options)) / layer.units, layer) for layer in layers]
+    share, layer = max(
+        ((share, layer) for share, layer in shares if share < 1), default=(0.0, None), key=lambda x: x[0]
+    )
+    if layer is not None and options.keep_ratio < share / 2:
+        got = f"prune.keep_ratio: got {options.keep_ratio:g}, which would empty {layer.path} ({layer.units} units, the"
+        expected = f"fewest that may stay are {round(share * layer.units)}); expected at least {share / 2:.3g}."
+        raise RecipeError(f"{got} {expected} Raise it, lower round_to, or add the layer to prune.protect.")
 
 
 def steps_of(layer: Layer, options: CutOptions) -> list[int]:

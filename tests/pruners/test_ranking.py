@@ -56,6 +56,20 @@ def test_every_layer_keeps_its_narrowest_width():
         globally(layers, scores, 0.1, round_to=8)
 
 
+def test_a_ratio_that_would_empty_a_layer_is_refused_with_the_least_that_would_not():
+    layers = [layer("wide", 64), layer("whole", 8), layer("heads", 4, unit_width=8)]
+    options = CutOptions(0.1, round_to=8)
+
+    def ones(item):
+        return torch.ones(item.units)
+
+    with pytest.raises(
+        RecipeError, match=r"got 0\.1, which would empty heads \(4 units, .* are 1\).* at least 0\.125\."
+    ):
+        removals(layers, options, ones)
+    assert [len(units) for units in removals(layers, CutOptions(0.125, round_to=8), ones)] == [56, 0, 3]
+
+
 def test_costs_weigh_on_the_budget():
     """Of two layers of equal scores, the budget is spent where the scores per cost were made higher."""
     layers = [layer("cheap", 10), layer("dear", 10)]
