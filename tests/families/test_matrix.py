@@ -7,7 +7,8 @@ weights stay, changes no operator. What a method does not prune, it refuses befo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "deepcache": {"interval": 2},
 }
 SUPPORTED = [(name, family) for name in PRUNERS for family in MAKERS if not refusal(name, family)]
+PIXELS = ("DDPMPipeline", "DDIMPipeline")
+GROUPS = [*((family,) for family in MAKERS if family not in PIXELS), PIXELS]
+"""Families of one network, which is exported once."""
 REFUSED = [(name, family) for name in PRUNERS for family in MAKERS if refusal(name, family)]
 
 
@@ -63,7 +67,7 @@ class Watch:
     def whole_ms(self, network: torch.nn.Module) -> float:
         return sum(parameter.numel() for parameter in network.parameters()) * 1e-6
 
-    def units_ms(self, network: torch.nn.Module, paths: list[str]) -> dict[str, float]:
+    def units_ms(self, network: torch.nn.Module, paths: Sequence[str]) -> dict[str, float]:
         return {path: self.whole_ms(network.get_submodule(path)) for path in paths}
 
     def control(self) -> dict[str, tuple[float, float, float]]:
@@ -91,19 +95,26 @@ def options_of(name: str, loan: DenseLoan, family: str) -> Any:
     return cls(**given)
 
 
-@pytest.mark.parametrize("family", list(MAKERS))
+@pytest.mark.parametrize("families", GROUPS, ids=" and ".join)
 def test_every_method_prunes_reloads_and_exports(
-    family: str, loan_of: Callable[[str], DenseLoan], tmp_path: Path
+    families: tuple[str, ...], loan_of: Callable[[str], DenseLoan], tmp_path: Path
 ) -> None:
-    loan = copy.copy(loan_of(family))
-    object.__setattr__(loan, "stopwatch", Watch())
     proved: set[str] = set()
-    methods = [name for name, other in SUPPORTED if other == family]
-    assert len(methods) >= 12
-    for name in methods:
-        folder = tmp_path / name
-        folder.mkdir()
-        _check(name, family, loan, folder, proved)
+    for family in families:
+        loan = dataclasses.replace(loan_of(family), stopwatch=Watch())
+        methods = [name for name, other in SUPPORTED if other == family]
+        assert len(methods) >= 12
+        for name in methods:
+            folder = tmp_path / family / name
+            folder.mkdir(parents=True)
+            _check(name, family, loan, folder, proved)
+
+
+def test_families_that_share_graphs_have_one_network(loan_of: Callable[[str], DenseLoan]) -> None:
+    for families in GROUPS:
+        configs = [config_of(loan_of(family).dense.path / denoiser(family).folder) for family in families]
+        assert all(config == configs[0] for config in configs)
+    assert sorted(family for families in GROUPS for family in families) == sorted(MAKERS)
 
 
 def _check(name: str, family: str, loan: DenseLoan, folder: Path, proved: set[str]) -> None:
