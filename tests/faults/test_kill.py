@@ -135,6 +135,18 @@ def finished(recipe: Path) -> Iterator[tuple[Runs, dict[str, str], float]]:
         runs.close()
 
 
+def seconds_at_work(runs: Runs, patterns: list[str]) -> float:
+    """Return for how long a run builds these, from the first of them to the last; it finishes."""
+    seen = []
+    child = runs.start()
+    while alive(child):
+        if at_work(runs.out, patterns):
+            seen.append(time.monotonic())
+        time.sleep(0.001)
+    assert runs.status() == 0
+    return seen[-1] - seen[0] if seen else 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", STAGES)
@@ -143,13 +155,15 @@ def test_twenty_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, 
     out, patterns = runs.out, STAGES[stage]
     chance = random.Random(stage)
     killed = 0
+    remove(out, patterns)
+    span = whole / 3 if stage == "measure" else seconds_at_work(runs, patterns) + 0.02
     while killed < KILLS:
         remove(out, patterns)
         child = runs.start()
         begun = time.monotonic()
         while stage != "measure" and not at_work(out, patterns) and alive(child) and time.monotonic() - begun < 20:
             time.sleep(0.001)
-        time.sleep(chance.random() ** 2 * whole / (3 if stage == "measure" else 10))
+        time.sleep(chance.random() * span)
         with contextlib.suppress(ProcessLookupError):  # it was done already: that does not count
             os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(runs.status())
