@@ -42,6 +42,7 @@ CONFIGS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
+        "narrow": {"sample_size": 16, "cross_attention_dim": 64, "block_out_channels": [32, 64, 128, 128]},
         "tiny": {
             "sample_size": 8,
             "cross_attention_dim": 256,
@@ -86,7 +87,7 @@ def main() -> int:
         found[step] = {"peak_rss_mib": round(child.peak_rss_mib), "process_s": round(child.seconds, 1), **told}
         sys.stdout.write(json.dumps({step: found[step]}) + "\n")
         sys.stdout.flush()
-    sys.stdout.write(json.dumps({"ratios": _ratios(found), "machine": _machine()}) + "\n")
+    sys.stdout.write(json.dumps({"ratios": _ratios(found), "machine": machine()}) + "\n")
     return 0
 
 
@@ -103,7 +104,8 @@ def _ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return ratios
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what this machine has."""
     load = os.getloadavg()[0]
     return {"cores": os.cpu_count(), "memory_gib": psutil.virtual_memory().total >> 30, "load": round(load, 1)}
 
@@ -144,9 +146,9 @@ def _ours(given: argparse.Namespace) -> dict[str, Any]:
     from exporter.lowering.stored import stored_weights
     from exporter.networks.storage import open_bare
 
-    out = _emptied(given.out / "ours")
+    out = emptied(given.out / "ours")
     bare = open_bare(given.out / "unet", cls=CLS)
-    with _clock() as took:
+    with clock() as took:
         module, weights = stored_weights(bare, "0" * 64)
         export_component("unet", module, out, _options(given), weights=weights)
     return {"seconds": took[0], "cpu_s": took[1], "graph_bytes": (out / "model.onnx").stat().st_size}
@@ -161,10 +163,10 @@ def _bare(given: argparse.Namespace) -> dict[str, Any]:
 
     module = load_network(given.out / "unet", cls=CLS)
     feeds = example_feeds(module, Sizes(1, given.latent, TOKENS))
-    with _clock() as took, torch.no_grad():
+    with clock() as took, torch.no_grad():
         program = torch.onnx.export(wrap(module), feeds, dynamo=True, opset_version=20, verbose=False)
-    out = _emptied(given.out / "bare")
-    with _clock() as saved:
+    out = emptied(given.out / "bare")
+    with clock() as saved:
         program.save(str(out / "model.onnx"), external_data=True)
     for path in out.iterdir():
         path.unlink()
@@ -177,7 +179,7 @@ def _parity(given: argparse.Namespace) -> dict[str, Any]:
     from exporter.networks.storage import load_network
 
     calls = [(timestep, _feeds(given, timestep)) for timestep in (981.0, 501.0, 1.0)]
-    with _clock() as took:
+    with clock() as took:
         wanted = torch_answers(load_network(given.out / "unet", cls=CLS), calls)
         found = compare_answers("unet", wanted, given.out / "ours" / "model.onnx", calls)
     return {"psnr_db": found["psnr_db"], "max_error": found["max_error"], "seconds": took[0]}
@@ -189,8 +191,8 @@ def _compile(given: argparse.Namespace) -> dict[str, Any]:
 
     target = targets.target("openvino")
     options = target.options(precision=given.precision)
-    with _clock() as took:
-        target.compile(given.out / "ours" / "model.onnx", _emptied(given.out / "openvino"), options)
+    with clock() as took:
+        target.compile(given.out / "ours" / "model.onnx", emptied(given.out / "openvino"), options)
     return {"seconds": took[0]}
 
 
@@ -200,11 +202,11 @@ def _call(given: argparse.Namespace) -> dict[str, Any]:
 
     target = targets.target("openvino")
     feeds = _feeds(given, 501.0)
-    with _clock() as loaded:
+    with clock() as loaded:
         session = target.open(given.out / "openvino", target.options(precision=given.precision))
-    with _clock() as first:
+    with clock() as first:
         session(feeds)
-    with _clock() as second:
+    with clock() as second:
         session(feeds)
     return {"load_s": loaded[0], "first_call_s": first[0], "second_call_s": second[0]}
 
@@ -230,20 +232,24 @@ def _pairs(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(given: argparse.Namespace) -> Any:
-    from exporter.lowering.export import ExportOptions
+    from exporter.lowering.options import ExportOptions
 
     return ExportOptions(guided=False, latent=given.latent, tokens=TOKENS)
 
 
 def _feeds(given: argparse.Namespace, timestep: float) -> dict[str, Any]:
+    return feeds_of(given.out / "unet", given.latent, timestep)
+
+
+def feeds_of(network: Path, latent: int, timestep: float) -> dict[str, Any]:
     """Return standard normal inputs of the shapes that the network takes; every input but the timestep."""
     import numpy as np
 
     from exporter.lowering.wrappers import Sizes, example_feeds, signature
     from exporter.networks.storage import open_bare
 
-    module, values = open_bare(given.out / "unet", cls=CLS).module, np.random.default_rng(0)
-    shapes = (tuple(feed.shape) for feed in example_feeds(module, Sizes(1, given.latent, TOKENS)))
+    module, values = open_bare(network, cls=CLS).module, np.random.default_rng(0)
+    shapes = (tuple(feed.shape) for feed in example_feeds(module, Sizes(1, latent, TOKENS)))
     found = {
         name: np.asarray(values.standard_normal(shape, dtype=np.float32))
         for name, shape in zip(signature(module).inputs, shapes, strict=True)
@@ -251,7 +257,8 @@ def _feeds(given: argparse.Namespace, timestep: float) -> dict[str, Any]:
     return {**found, "timestep": np.full_like(found["timestep"], timestep)}
 
 
-def _emptied(folder: Path) -> Path:
+def emptied(folder: Path) -> Path:
+    """Return a folder that is there and holds no files."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
@@ -276,7 +283,7 @@ class _Anonymous(threading.Thread):
 
 
 @contextmanager
-def _clock() -> Iterator[list[float]]:
+def clock() -> Iterator[list[float]]:
     """Yield a list that holds, afterwards, the seconds that passed and those of processors: others' work counts not."""
     took: list[float] = []
     started, busy = time.monotonic(), time.process_time()
