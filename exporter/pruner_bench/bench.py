@@ -78,6 +78,10 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(known, key=lambda row: (order.index(row.name), -(row.target or 0), row.recovery, row.seed))
 
 
+def _of_same_widths(contestant: Contestant) -> Contestant:
+    return next((other for other in CONTESTANTS if other.name == contestant.widths_of), contestant)
+
+
 class _Work:
     """A bench under way."""
 
@@ -205,7 +209,7 @@ class _Work:
         fitted = (
             self._fit_loop(contestant, target)
             if contestant.knob.meaning == "loop"
-            else self._fitter.fit(contestant, target)
+            else self._fitter.fit(_of_same_widths(contestant), target)
         )
         return fitted.value, fitted.note
 

@@ -43,6 +43,8 @@ class Contestant:
         kind: what it removes; lines of one kind are compared with that kind's random one.
         recovers: whether training the network afterwards is part of it; a schedule leaves the weights as they are.
         draws: whether what it removes depends on the seed.
+        widths_of: name of a cheaper contestant whose networks have the same shapes at the same value of the knob: how
+            many channels of a layer stay follows from the ratio alone, unless layers share one budget.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Contestant:
     informed: bool = True
     recovers: bool = True
     draws: bool = True
+    widths_of: str = ""
 
     def stage(self, value: float | None) -> dict[str, Any]:
         """Return the recipe's stage at a value of the knob."""
@@ -77,7 +80,9 @@ def _cut(
     draws: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Contestant:
-    return Contestant(name, method, kind, {"cut": kind, **(options or {})}, _KEEP, informed, draws=draws)
+    given = {"cut": kind, **(options or {})}
+    local = kind == "channels" and given.get("ranking", "local") == "local"
+    return Contestant(name, method, kind, given, _KEEP, informed, draws=draws, widths_of="random" if local else "")
 
 
 def _zeros(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
+import torch
 
+from exporter.artifact import digest_of
 from exporter.errors import ArtifactError, RecipeError
+from exporter.networks.components import denoiser
+from exporter.networks.fingerprint import structure_of
+from exporter.networks.storage import load_network
+from exporter.progress import Silent
 from exporter.pruner_bench import compare_pruners
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.contestants import CONTESTANTS, chosen
@@ -17,6 +24,7 @@ from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import paired_change
 from exporter.pruner_bench.table import markdown, spread
 from exporter.pruners import PRUNERS, pruner
+from exporter.pruners.base import Context
 from exporter.validation import options_from
 
 
@@ -170,3 +178,20 @@ def test_of_values_in_turn_the_first_that_is_fast_enough_is_found(target, value)
     assert found.value == value
     assert len(asked) <= 3
     assert (found.note == "not reachable: 0.40x") == (value is None)
+
+
+def test_a_local_ranking_has_the_widths_of_random_at_every_ratio(tiny_loan, tmp_path):
+    same = [contestant for contestant in CONTESTANTS if contestant.widths_of]
+    assert {contestant.name for contestant in same} >= {"magnitude", "taylor", "diff-pruning"}
+    assert "diff-pruning global" not in {contestant.name for contestant in same}
+    by_name = {contestant.name: contestant for contestant in CONTESTANTS}
+    part = denoiser("StableDiffusionPipeline")
+    dense = load_network(tiny_loan.dense.path / part.folder, cls=part.cls)
+    found = set()
+    for name in ("random", "magnitude"):
+        given = dict(by_name[name].stage(0.6)["prune"])
+        method, network = pruner(given.pop("method")), copy.deepcopy(dense)
+        context = Context(torch.Generator().manual_seed(0), Silent(), tmp_path, tiny_loan)
+        method(method.options(**given)).prune(network, context)
+        found.add(digest_of(structure_of(network)))
+    assert len(found) == 1
