@@ -15,7 +15,7 @@ from exporter.artifact import write_text
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.plot import latency_against_fidelity
 from exporter.pruner_bench.rows import COLUMNS, Row
-from exporter.pruner_bench.table import HEAD, cells, grouped, markdown, sections, title
+from exporter.pruner_bench.table import HEAD, cells, grouped, markdown, overview, sections, title
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -57,7 +57,7 @@ def write_pages(rows: Sequence[Row], setting: str, out: Path) -> None:
     plain = {"setting": setting, "rows": [row.model_dump(mode="json", exclude_none=True) for row in rows]}
     write_text(out / "bench.json", json.dumps(plain, indent=1) + "\n")
     told = "\n".join(f"- {claim.line()}" for claim in claims(rows))
-    write_text(out / "bench.md", f"{setting}\n\n{told}\n\n{markdown(rows)}")
+    write_text(out / "bench.md", f"{setting}\n\n{told}\n\n{overview(rows)}\n{markdown(rows)}")
     for name, (_, svg) in _drawings(rows).items():
         write_text(out / f"{name}.svg", svg)
     write_text(out / "bench.html", render(rows, setting))

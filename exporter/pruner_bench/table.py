@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from exporter.pruner_bench.rows import Row, Value
 
+_ERRORS = ("psnr_mean_db", "psnr_worst_db")
 HEAD = (
     "method",
     "loop",
@@ -32,6 +33,41 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += [_line(cells(group)) for group in grouped([*dense, *chosen])]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """Return one line a contestant: at each latency its loop, teacher-forced PSNR, and the right-prompt rate.
+
+    The rate is that of the first seed, before recovery and after the short one.
+    """
+    targets = list(dict.fromkeys(target for target, _ in sections(rows)))
+    short = min((row.recovery for row in rows if row.recovery), default=0)
+    head = ["method", *("of one size" if target is None else f"at {target:g}x" for target in targets)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for group in grouped([row for row in rows if row.name != "dense"]):
+        here = [[row for row in group if row.target == target] for target in targets]
+        lines.append(_line([group[0].name, *(_glance(found, short) for found in here)]))
+    return "\n".join(lines) + "\n"
+
+
+def _glance(rows: Sequence[Row], short: int) -> str:
+    """Return what a contestant reached at one latency: ``0.51x, 27.1 / 24.0 dB, 3.7 to 92.2 %``."""
+    if not rows:
+        return ""
+    before = [row for row in rows if not row.recovery]
+    if rows[0].status != "ok" or not before:
+        return _sentence(rows[0])
+    told = [f"{before[0].values['latency_ratio'].value:.2f}x"] if "latency_ratio" in before[0].values else []
+    errors = [[row.values[name].value for row in before if name in row.values] for name in _ERRORS]
+    if all(errors):
+        told.append(" / ".join(f"{sum(values) / len(values):.1f}" for values in errors) + " dB")
+    rates = [
+        row.values["judge_rate"].value
+        for row in (*before[:1], *(row for row in rows if row.recovery == short and short))
+        if row.status == "ok" and "judge_rate" in row.values
+    ]
+    told += [" to ".join(f"{100 * rate:.1f}" for rate in rates) + " %"] if rates else []
+    return ", ".join(told)
 
 
 def sections(rows: Sequence[Row]) -> list[tuple[float | None, int]]:

@@ -22,7 +22,7 @@ from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import paired_change
-from exporter.pruner_bench.table import markdown, spread
+from exporter.pruner_bench.table import markdown, overview, spread
 from exporter.pruners import PRUNERS, pruner
 from exporter.pruners.base import Context
 from exporter.validation import options_from
@@ -195,3 +195,21 @@ def test_a_local_ranking_has_the_widths_of_random_at_every_ratio(tiny_loan, tmp_
         method(method.options(**given)).prune(network, context)
         found.add(digest_of(structure_of(network)))
     assert len(found) == 1
+
+
+def test_the_overview_has_a_line_per_method_and_a_column_per_latency():
+    values = row("taylor").values
+    rows = [
+        row("dense", kind="dense", target=None),
+        row("taylor", values={**values, "judge_rate": Value(value=0.1)}),
+        row("taylor", seed=1, values={"psnr_mean_db": Value(value=32.0), "psnr_worst_db": Value(value=26.0)}),
+        row("taylor", recovery=300),
+        row("taylor", target=0.25, status="not reachable", values={}, note="not reachable: 0.31x"),
+        row("bk-sdm tiny", kind="blocks", target=None),
+    ]
+    assert overview(rows).splitlines() == [
+        "| method | at 0.5x | at 0.25x | of one size |",
+        "| --- | --- | --- | --- |",
+        "| taylor | 0.50x, 31.0 / 25.5 dB, 10.0 to 90.0 % | not reachable: 0.31x |  |",
+        "| bk-sdm tiny |  |  | 0.50x, 30.0 / 25.0 dB, 90.0 % |",
+    ]
