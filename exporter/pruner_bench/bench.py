@@ -21,7 +21,7 @@ from exporter.progress import Progress, Silent
 from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
 from exporter.pruner_bench.fitting import Fitted, Fitter, first_below, least_of
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
-from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, run_stages, values_of
+from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, predictions_of, run_stages, values_of
 from exporter.recordings import export_options
 from exporter.stopwatch import TargetStopwatch
 
@@ -174,13 +174,15 @@ class _Work:
             else:
                 self._close(rows, "failed", str(error))
             return
+        predictions = predictions_of(record.states[1].facts)
         for row in rows:
             state = record.states[2 if row.recovery else 1]
             values = {**values_of(cells[state.id], state, self._component), **once}
             values["seconds"] = Value(value=record.states[1].seconds)
             if row.seed and not row.recovery:
                 values = {name: values[name] for name in _OF_EVERY_SEED if name in values}
-            keep_row(row.model_copy(update={"values": values, "stage": prune, "note": note}), setting.out)
+            told = {"values": values, "stage": prune, "note": note, "predictions": predictions}
+            keep_row(row.model_copy(update=told), setting.out)
         drop_heavy(folder)
 
     def _fewer_steps(self, steps: int, folder: Path, setting: Setting) -> dict[str, Any]:

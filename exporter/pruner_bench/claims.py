@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from exporter.pruner_bench.rows import Row
 
 _MOST_POINTS_LOST = 3.0
+_RANKS, _OFF = 0.8, 0.1
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,33 @@ class Claim:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Return every statement that the rows answer."""
     measured = [row for row in rows if row.status == "ok"]
-    return [_best_loses_little(measured), *_informed_beat_random(measured)]
+    return [_best_loses_little(measured), *_informed_beat_random(measured), *_sums_rank(measured), *_tables(measured)]
+
+
+def _sums_rank(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Tell whether losses of single units, summed, rank the losses of sets; each method's worst row counts."""
+    for name, found in _predicted(rows, "spearman"):
+        of_one_size = [row.predictions.get("spearman_of_one_size") for row in rows if row.name == name]
+        least = min((value for value in of_one_size if value is not None), default=None)
+        told = f"Spearman {min(found):.2f} over sets of all sizes" + (
+            f", {least:.2f} over sets of one size, where only the choice counts." if least is not None else "."
+        )
+        yield Claim(
+            f"the sums that {name} adds up rank what is measured, Spearman >= {_RANKS}", min(found) >= _RANKS, told
+        )
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[Claim]:
+    for name, found in _predicted(rows, "latency_error"):
+        text = f"the latency table of {name} predicts whole networks within {_OFF:.0%}"
+        yield Claim(text, max(found) <= _OFF, f"The largest error is {max(found):.1%}, at this size.")
+
+
+def _predicted(rows: Sequence[Row], key: str) -> Iterator[tuple[str, list[float]]]:
+    for name in dict.fromkeys(row.name for row in rows):
+        found = [row.predictions[key] for row in rows if row.name == name and key in row.predictions]
+        if found:
+            yield name, found
 
 
 def _best_loses_little(rows: Sequence[Row]) -> Claim:

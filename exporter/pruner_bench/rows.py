@@ -40,6 +40,9 @@ class Row(BaseModel):
         note: a sentence.
         stage: the recipe's stage that made the network.
         values: by the names of `COLUMNS`; what is missing was not measured.
+        predictions: how a method's own predictions compare with what it measured, where it makes any: ``spearman`` of
+            summed with joint losses over sets of all sizes, ``spearman_of_one_size`` where sums are worst, and
+            ``latency_error``, the largest of its latency table for a whole network.
         key: digest of everything that the values depend on but the machine.
     """
 
@@ -55,6 +58,7 @@ class Row(BaseModel):
     note: str = ""
     stage: dict[str, Any] = {}
     values: dict[str, Value] = {}
+    predictions: dict[str, float] = {}
     key: str = ""
 
     @property

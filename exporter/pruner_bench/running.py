@@ -24,6 +24,7 @@ TARGET = "openvino"
 DENSE = "0-dense"
 _LINKED = ("states/0-dense", "recordings", "lowered", "engines/0-dense", "cells/0-dense", "images/0-dense")
 """What every run has alike; made once and linked."""
+_SETS = 8  # of one size, for a correlation to say something
 _HEAVY = ("engines", "lowered", "images", "recordings", "work")
 """What a finished run is rid of."""
 
@@ -159,6 +160,18 @@ def values_of(cell: CellRecord, state: StateRecord, component: str) -> dict[str,
         elif item.component is None:
             found |= dict(of_images(item))
     return found
+
+
+def predictions_of(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a state's facts say about its method's own predictions; see `exporter.pruner_bench.rows.Row`."""
+    additivity, latency = facts.get("additivity") or {}, facts.get("latency") or {}
+    of_one_size = [found["spearman"] for found in additivity.get("by_size", {}).values() if found["sets"] >= _SETS]
+    found = {
+        "spearman": additivity.get("spearman"),
+        "spearman_of_one_size": min((value for value in of_one_size if value is not None), default=None),
+        "latency_error": latency.get("largest_error"),
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def _of_denoiser(item: Measurement) -> Iterator[tuple[str, Value]]:

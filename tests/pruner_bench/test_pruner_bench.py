@@ -21,7 +21,7 @@ from exporter.pruner_bench.contestants import CONTESTANTS, chosen
 from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
-from exporter.pruner_bench.running import paired_change
+from exporter.pruner_bench.running import paired_change, predictions_of
 from exporter.pruner_bench.table import markdown, overview, spread
 from exporter.pruners import PRUNERS, pruner
 from exporter.pruners.base import Context
@@ -213,3 +213,23 @@ def test_the_overview_has_a_line_per_method_and_a_column_per_latency():
         "| taylor | 0.50x, 31.0 / 25.5 dB, 10.0 to 90.0 % | not reachable: 0.31x |  |",
         "| bk-sdm tiny |  |  | 0.50x, 30.0 / 25.0 dB, 90.0 % |",
     ]
+
+
+def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
+    facts = {
+        "additivity": {
+            "spearman": 0.97,
+            "by_size": {"2": {"sets": 9, "spearman": 0.6}, "3": {"sets": 2, "spearman": 0}},
+        },
+        "latency": {"largest_error": 0.12},
+    }
+    predictions = predictions_of(facts)
+    assert predictions == {"spearman": 0.97, "spearman_of_one_size": 0.6, "latency_error": 0.12}
+    assert predictions_of({"additivity": None}) == {}
+    told = {claim.text: claim for claim in claims([row("snapfusion", kind="blocks", predictions=predictions)])}
+    sums = told["the sums that snapfusion adds up rank what is measured, Spearman >= 0.8"]
+    assert sums.holds
+    assert (
+        sums.told == "Spearman 0.97 over sets of all sizes, 0.60 over sets of one size, where only the choice counts."
+    )
+    assert told["the latency table of snapfusion predicts whole networks within 10%"].holds is False
