@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.lowering.wrappers import AutoencoderEncoder, Sizes, example_feeds, part_of, wrap
 from exporter.networks.components import Component
-from exporter.networks.storage import build_network
+from exporter.networks.replay import replay
+from exporter.networks.storage import build_network, load_surgery
 
 MIB = 2**20
 FLOAT = 4
@@ -85,7 +86,10 @@ def cost_of(part: Component, source: Path, stored_bytes: int, rows: int, latent:
         rows: first axis of its inputs.
         latent: side of the latent.
     """
-    whole = nn.Module.to(build_network(source / part.folder, cls=part.cls), torch.device("meta"), torch.float32).eval()
+    folder = source / part.folder
+    whole = build_network(folder, cls=part.cls)
+    replay(whole, load_surgery(folder), place=str(folder))  # the source may be a state that was pruned
+    nn.Module.to(whole, torch.device("meta"), torch.float32).eval()
     module = part_of(part, whole)
     seen = _text_cost(module, rows) if part.role == "text" else _traced_cost(module, rows, latent)
     held = _numbers(module)

@@ -179,6 +179,9 @@ class _Work:
             state = record.states[2 if row.recovery else 1]
             values = {**values_of(cells[state.id], state, self._component), **once}
             values["seconds"] = Value(value=record.states[1].seconds)
+            if row.recovery and "1-pruned" in cells:  # recovery changes no shape: one latency for both
+                before = values_of(cells["1-pruned"], record.states[1], self._component)
+                values |= {name: value for name, value in before.items() if name == "latency_ratio"}
             if row.seed and not row.recovery:
                 values = {name: values[name] for name in _OF_EVERY_SEED if name in values}
             told = {"values": values, "stage": prune, "note": note, "predictions": predictions}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from exporter.pruner_bench.contestants import FEWER_STEPS
 from exporter.pruner_bench.rows import Row
 
 _MOST_POINTS_LOST = 3.0
@@ -34,7 +35,29 @@ class Claim:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Return every statement that the rows answer."""
     measured = [row for row in rows if row.status == "ok"]
-    return [_best_loses_little(measured), *_informed_beat_random(measured), *_sums_rank(measured), *_tables(measured)]
+    return [
+        _best_loses_little(measured),
+        *_beats_fewer_steps(measured),
+        *_informed_beat_random(measured),
+        *_sums_rank(measured),
+        *_tables(measured),
+    ]
+
+
+def _beats_fewer_steps(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Hold the best of each latency to the dense network that is asked less often."""
+    for target in sorted({row.target for row in rows if row.name == FEWER_STEPS and row.target}, reverse=True):
+        here = [row for row in rows if row.target == target and "judge_rate" in row.values]
+        plain = next(row for row in here if row.name == FEWER_STEPS).values["judge_rate"].value
+        others = [row for row in here if row.name != FEWER_STEPS]
+        if others:
+            best = max(others, key=lambda row: row.values["judge_rate"].value)
+            rate, when = (
+                best.values["judge_rate"].value,
+                f"after {best.recovery:,} steps" if best.recovery else "as it is",
+            )
+            told = f"{plain:.1%} against {best.name} {when}, {rate:.1%}."
+            yield Claim(f"pruning beats fewer steps of the plain sampler at {target:g}x", rate > plain, told)
 
 
 def _sums_rank(rows: Sequence[Row]) -> Iterator[Claim]:

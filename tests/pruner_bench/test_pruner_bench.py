@@ -233,3 +233,12 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
         sums.told == "Spearman 0.97 over sets of all sizes, 0.60 over sets of one size, where only the choice counts."
     )
     assert told["the latency table of snapfusion predicts whole networks within 10%"].holds is False
+
+
+@pytest.mark.parametrize(("rate", "holds"), [(0.9, False), (0.99, True)])
+def test_pruning_is_held_to_fewer_steps_of_the_plain_sampler(rate, holds):
+    plain = row("fewer-steps", kind="steps", informed=False, values={"judge_rate": Value(value=0.95)})
+    rows = [plain, row("taylor", values={**row("taylor").values, "judge_rate": Value(value=rate)}, recovery=300)]
+    (claim,) = (found for found in claims(rows) if "fewer steps" in found.text)
+    assert claim.holds is holds
+    assert claim.told == f"95.0% against taylor after 300 steps, {rate:.1%}."
