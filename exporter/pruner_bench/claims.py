@@ -52,10 +52,8 @@ def _beats_fewer_steps(rows: Sequence[Row]) -> Iterator[Claim]:
         others = [row for row in here if row.name != FEWER_STEPS]
         if others:
             best = max(others, key=lambda row: row.values["judge_rate"].value)
-            rate, when = (
-                best.values["judge_rate"].value,
-                f"after {best.recovery:,} steps" if best.recovery else "as it is",
-            )
+            rate = best.values["judge_rate"].value
+            when = f"after {best.recovery:,} steps" if best.recovery else "as it is"
             told = f"{plain:.1%} against {best.name} {when}, {rate:.1%}."
             yield Claim(f"pruning beats fewer steps of the plain sampler at {target:g}x", rate > plain, told)
 
