@@ -255,11 +255,18 @@ def list_targets(as_json: JsonOption = False) -> None:
 
 
 @app.command(name="pruners")
-def list_pruners(as_json: JsonOption = False) -> None:
+def list_pruners(
+    method: Annotated[str | None, typer.Argument(help="What each option of this one means.")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """List pruning and tuning methods with their options, and which method prunes which family."""
-    from exporter.inspection import method_rows
+    from exporter.inspection import method_options, method_rows, method_text
     from exporter.pruners.matrix import matrix, matrix_text
 
+    if method is not None:
+        found = method_options(method)
+        _show(found, method_text(found), as_json)
+        return
     rows = method_rows()
     lines = [f"{row['stage']:<7}{row['method']:<21}{row['summary']}\n{'':<28}{row['options']}" for row in rows]
     data = {"methods": rows, "families": matrix()}

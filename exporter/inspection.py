@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from exporter.pruners import PRUNERS
 from exporter.recipe import Recipe
 from exporter.report.formatting import count, plural, printable, quantity
 from exporter.tuning import TUNERS
-from exporter.validation import flat, options_schema
+from exporter.validation import flat, hint, one_of, options_schema
 
 _WIDTH = 120
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 _SCALED = ("size_bytes", "parameters")
 """Facts whose numbers are read in thousands and millions."""
 
@@ -75,6 +77,42 @@ def method_rows() -> list[dict[str, Any]]:
             options = ", ".join(_option(field, kinds[field.name]) for field in dataclasses.fields(cls.options))
             rows.append({"stage": stage, "method": name, "summary": summary, "options": options})
     return rows
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """Return what a method is and what each of its options means, as JSON Schema has it.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    known = PRUNERS | TUNERS
+    if name not in known:
+        raise RecipeError(f"pruners: got '{name}', expected {one_of(known)}.{hint(name, known)}")
+    module, _, attribute = known[name].partition(":")
+    loaded = import_module(module)
+    options = options_schema(getattr(loaded, attribute).options)
+    return {"method": name, "text": inspect.getdoc(loaded) or "", "options": options}
+
+
+def method_text(found: Mapping[str, Any]) -> str:
+    """Return what `method_options` found as text: what the method is, then an entry per option."""
+    options, lines = found["options"], [found["text"], ""]
+    for name, about in options.get("properties", {}).items():
+        lines.append(f"{name}: {_kind(about)}{' (required)' if name in options.get('required', []) else ''}")
+        lines.append(textwrap.indent(textwrap.fill(about.get("description", ""), _WIDTH - 4), "    "))
+    return "\n".join(lines)
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    """Return the type, limits and default of an option."""
+    kinds = about.get("anyOf", [about])
+    words = [
+        " | ".join(json.dumps(value) for value in kind["enum"]) if "enum" in kind else str(kind.get("type", "any"))
+        for kind in kinds
+    ]
+    limits = [f"{told} {about[key]:g}" for key, told in _LIMITS.items() if key in about]
+    default = [f"default {json.dumps(about['default'])}"] if "default" in about else []
+    return ", ".join([" | ".join(words), *limits, *default])
 
 
 def schema_of(kind: str) -> dict[str, Any]:

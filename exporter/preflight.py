@@ -21,8 +21,8 @@ from exporter.networks.components import check_requested, components, family
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
-from exporter.prompts import prompt_set
-from exporter.pruners.matrix import refusal
+from exporter.prompts import NAMED, prompt_set
+from exporter.pruners.matrix import SCHEDULES, refusal
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
@@ -108,7 +108,7 @@ class Plan:
 
 def check_recipe(  # noqa: PLR0913 - the command's flags
     recipe: Recipe,
-    out: Path,
+    out: Path = Path(),
     *,
     until: str | None = None,
     targets: tuple[str, ...] | None = None,
@@ -140,7 +140,7 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     measured = _measured(recipe, made, states)
     for index in range(len(recipe.stages)):
         with found.gather():
-            stage_options(recipe, index)
+            _check_data(recipe, index, stage_options(recipe, index))
     columns, problems = _columns(recipe, targets, found)
     for index, gate in enumerate(recipe.gates):
         with found.gather():
@@ -198,6 +198,22 @@ def _prompts(recipe: Recipe) -> tuple[str, ...]:
         )
         raise RecipeError(msg)
     return prompts[: recipe.measure.images]
+
+
+def _check_data(recipe: Recipe, index: int, options: Any) -> None:
+    """Refuse prompts of a stage that are not there, or are too few, before the run reaches it."""
+    named = getattr(options, "prompts", None)
+    if named is None:
+        return
+    place = f"stages[{index}].{recipe.stages[index].kind}"
+    try:
+        known = len(prompt_set(named).prompts)
+    except RecipeError as error:
+        raise RecipeError(f"{place}.prompts: {error} Or name one of the sets {', '.join(NAMED)}.") from error
+    wanted = 0 if getattr(options, "in_turn", True) else options.images
+    if known < wanted:
+        got = f"{place}.images: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
+        raise RecipeError(f"{got} Lower images or give more prompts.")
 
 
 def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[str, ...], found: Findings) -> None:
@@ -340,6 +356,13 @@ def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
 
 def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
     names = {part.name for part in components(facts.pipeline_class)} | {"denoiser"}
+    scheduled = [index for index, stage in enumerate(recipe.stages) if stage.method in SCHEDULES]
+    if len(scheduled) > 1:
+        first, second = (recipe.stages[index].method for index in scheduled[:2])
+        raise RecipeError(
+            f"stages[{scheduled[1]}].prune.method: got {second} after {first} in stages[{scheduled[0]}], expected one "
+            "schedule of steps. Remove one of them."
+        )
     for index, stage in enumerate(recipe.stages):
         if stage.kind == "tune" and not family(facts.pipeline_class).distills:
             raise RecipeError(

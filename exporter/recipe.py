@@ -305,7 +305,7 @@ def recipe_path(given: str) -> Path:
     raise RecipeError(msg)
 
 
-def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: Path | str, settings: Iterable[str] = ()) -> Recipe:
     """Read, change and check a recipe.
 
     Args:
@@ -316,7 +316,7 @@ def read_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
         RecipeError: with one line per problem, each with its key path.
     """
     found = Findings()
-    recipe = read_mended(path, settings, found)
+    recipe = read_mended(Path(path), settings, found)
     found.raise_all()
     assert recipe is not None
     return recipe

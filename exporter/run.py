@@ -24,7 +24,7 @@ from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
 from exporter.networks.components import denoiser
 from exporter.preflight import Plan, check_recipe, parse_gates
-from exporter.progress import Progress
+from exporter.progress import Progress, Silent
 from exporter.pruners.base import Stopwatch
 from exporter.recipe import Recipe
 from exporter.recordings import dense_recording, export_options, resolved_sampling
@@ -66,9 +66,9 @@ class _Run:
 
 def run_recipe(  # noqa: PLR0913 - the command's flags
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     *,
-    progress: Progress,
+    progress: Progress | None = None,
     verify: bool = False,
     measure_again: bool = False,
     until: str | None = None,
@@ -81,7 +81,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
     Args:
         recipe: what to do.
         out: folder of the run; made when missing, resumed when not.
-        progress: what long work reports to.
+        progress: what long work reports to; None for silence.
         verify: hash every file of the source and of reused artifacts, whatever earlier runs found out about it.
         measure_again: measure every cell, also where nothing that it depends on has changed.
         until: stop after this state or phase.
@@ -96,6 +96,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         RecipeError, SourceError: before any work.
         ExporterError: a state could not be made; what was measured before it is in the report.
     """
+    out, progress = Path(out), progress or Silent()
     memo = FileMemo() if verify else FileMemo.load(out)
     plan = check_recipe(
         recipe,

@@ -215,6 +215,9 @@ class DataOptions:
     prompts: str | None = None
     images: int = field(default=16, metadata={"minimum": 1})
 
+    in_turn: ClassVar[bool] = False
+    """Whether fewer prompts than `images` do, used again and again."""
+
     def __post_init__(self) -> None:
         """Check what types cannot say.
 
@@ -223,6 +226,23 @@ class DataOptions:
         """
         if self.images < 1:
             raise RecipeError(f"prune.images: got {self.images}, expected a whole number of at least 1. Write 16.")
+
+
+MS = "ms of one call"
+
+
+def budget_facts(of: str, *, dense: float, asked: float, left: float) -> dict[str, Any]:
+    """Return whether a network keeps to what was asked for, as JSON values.
+
+    Args:
+        of: what is counted: `MS` or ``parameters``.
+        dense: of the network before the stage.
+        asked: what may be left.
+        left: what is left.
+    """
+    plain = {name: float(f"{value:.6g}") for name, value in (("before", dense), ("asked", asked), ("left", left))}
+    share = round(left / dense, 4) if dense else None
+    return {"of": of, **plain, "left_over_before": share, "met": left <= asked * (1 + 1e-9)}
 
 
 @dataclass(frozen=True)

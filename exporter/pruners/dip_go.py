@@ -66,6 +66,8 @@ class DipGoOptions(DataOptions):
 
     of_sampling: ClassVar[bool] = True
 
+    in_turn: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check what types cannot say.
 

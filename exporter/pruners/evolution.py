@@ -16,7 +16,7 @@ from torch import nn
 from exporter.errors import RecipeError
 from exporter.progress import Progress, task
 from exporter.pruners.additivity import additivity, measured, random_sets
-from exporter.pruners.base import Block, Stopwatch
+from exporter.pruners.base import MS, Block, Stopwatch, budget_facts
 from exporter.pruners.copies import MOST, edit, edited, layer_of
 from exporter.pruners.latency_table import LatencyTable, Timed
 from exporter.pruners.notes import Notes
@@ -122,10 +122,11 @@ class Evolution:
             now = self._shrink(now, target)
         return self._grow(now, target)
 
-    def facts(self, genome: Genome) -> dict[str, Any]:
-        """Return what happened, as JSON values."""
+    def facts(self, genome: Genome, target: float) -> dict[str, Any]:
+        """Return what happened on the way to a latency of `target` ms, as JSON values."""
         control = {kind: list(ratio) for kind, ratio in self._means.stopwatch.control().items()}
         return {
+            "kept": budget_facts(MS, dense=self.table.whole, asked=target, left=self.whole_ms(genome)),
             "history": self._log,
             "removed": list(genome.removed),
             "copied": list(genome.copied),

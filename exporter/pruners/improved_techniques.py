@@ -20,7 +20,7 @@ from torch import nn
 from exporter.artifact import digest_of
 from exporter.errors import RecipeError
 from exporter.progress import task
-from exporter.pruners.base import Block, Context, DataOptions, Outcome
+from exporter.pruners.base import MS, Block, Context, DataOptions, Outcome, budget_facts
 from exporter.pruners.latency_table import stopwatch_of
 from exporter.pruners.notes import Notes, notes
 from exporter.pruners.quality import METRICS, Loss, Metric, loss_of
@@ -150,7 +150,10 @@ class _Search:
 
     def facts(self, lost: float) -> dict[str, Any]:
         """Return what the search found, and what the whole of it has cost."""
+        of = "parameters" if self._stopwatch is None else MS
+        asked = self._options.keep_ratio * self._dense
         return {
+            "kept": budget_facts(of, dense=self._dense, asked=asked, left=self._size()),
             "metric": self._options.metric,
             "removed": [{"unit": path, "sensitivity": float(f"{score:.6g}")} for path, score in self._order],
             "evaluations": self._evaluations,

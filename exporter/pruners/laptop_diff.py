@@ -26,7 +26,7 @@ from exporter.errors import RecipeError
 from exporter.progress import task
 from exporter.pruners.additivity import additivity, measured, random_sets
 from exporter.pruners.answers import Exam
-from exporter.pruners.base import Block, Context, DataOptions, Outcome
+from exporter.pruners.base import MS, Block, Context, DataOptions, Outcome, budget_facts
 from exporter.pruners.knapsack import cheapest
 from exporter.pruners.latency_table import LatencyTable, Timed, stopwatch_of
 from exporter.pruners.notes import Notes, notes
@@ -184,7 +184,13 @@ class _Search:
         if self._table is not None:
             budget = self._table.facts(self._timed)
             budget["control"] = {kind: list(ratio) for kind, ratio in stopwatch_of(self._context).control().items()}
+        if self._table is not None:
+            left, of = self._whole_ms(removed), MS
+        else:
+            left, of = self._total - sum(self._weight(path) for path in removed), "parameters"
+        asked = self._options.keep_ratio * self._total
         return {
+            "kept": budget_facts(of, dense=self._total, asked=asked, left=left),
             **self._facts,
             "removed": list(removed),
             "loss_summed": _rounded(sum(alone[path] for path in removed)),

@@ -22,6 +22,10 @@ _ONLY: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
 """Method -> the denoisers it is for, and why only those. A method that is not named here is for all."""
 
 
+SCHEDULES = ("dip-go", "deepcache")
+"""Methods that make a schedule of steps, of which a denoiser has one."""
+
+
 def refusal(method: str, pipeline_class: str) -> str:
     """Return why a method does not prune the denoiser of a family; empty where it does.
 

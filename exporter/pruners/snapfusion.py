@@ -198,7 +198,7 @@ class SnapFusion:
             evolution.check(target)
             trained = self._train(network, context, seed) if options.steps else {}
             genome = evolution.genome(target)
-            facts = {"target_ms": round(target, 3), "robust_training": trained, **evolution.facts(genome)}
+            facts = {"target_ms": round(target, 3), "robust_training": trained, **evolution.facts(genome, target)}
             evolution.apply(genome)
         return Outcome(facts)
 

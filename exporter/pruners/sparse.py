@@ -170,8 +170,8 @@ def _reason(path: str, module: nn.Linear | nn.Conv2d, pattern: Pattern | None, p
         return f"{module.weight.numel()} weights, too few" if module.weight.numel() <= MAX_GROUP else ""
     multiple = INPUTS_IN if INPUTS_IN % pattern[1] == 0 else pattern[1]
     if inputs % multiple:
-        return f"{inputs} inputs, no multiple of {multiple}"
-    return f"{outputs} outputs, no multiple of {OUTPUTS_IN}" if outputs % OUTPUTS_IN else ""
+        return f"{inputs} inputs, no multiple of {multiple} as sparse kernels need"
+    return f"{outputs} outputs, no multiple of {OUTPUTS_IN} as sparse kernels need" if outputs % OUTPUTS_IN else ""
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ class TaylorOptions(DataOptions, CutOptions):
 
     timesteps: int = field(default=100, metadata={"minimum": 1})
 
+    in_turn: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check what types cannot say.
 

@@ -19,6 +19,8 @@ from exporter.report.record import GateRecord, RunRecord, StateRecord
 
 _LONGEST_LIST = 12
 _MOST_FACTS = 60
+_TABLE = 12
+"""Lines from which a fact is a table."""
 _GATE_ORDER = {"missed": 0, "not measured": 1, "passed": 2}
 
 
@@ -143,7 +145,7 @@ def _state(record: RunRecord, index: int) -> StateView:
         size=formatting.quantity(size, "bytes"),
         size_share=_share(size, sum(dense.size_bytes.values()), index),
         components=components,
-        facts=_bounded([pair for pair in flat(state.facts) if pair[0] not in drawn]),
+        facts=_bounded([pair for pair in flat(_short_first(state.facts)) if pair[0] not in drawn]),
         curves=tuple(_drawn(chart) for chart in charts),
     )
 
@@ -154,6 +156,11 @@ def _gate(record: RunRecord, gate: GateRecord) -> GateView:
     if gate.got is not None and gate.limit is not None:
         got = formatting.apart(gate.got, gate.limit, unit)[0]
     return GateView(gate, table.limit_of(gate, unit, gate.component).text, got, _one_line(gate.gate))
+
+
+def _short_first(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts with tables, such as a score per block, behind what fits on a line."""
+    return dict(sorted(facts.items(), key=lambda pair: len(flat(pair[1])) > _TABLE))
 
 
 def _bounded(facts: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

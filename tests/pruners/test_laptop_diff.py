@@ -94,6 +94,11 @@ def test_a_latency_budget_holds_for_the_whole_network(prune, dense, tiny_loan, e
         dataclasses.replace(tiny_loan, stopwatch=fake), keep_ratio=0.5, budget="latency", rescore=False, sets=0
     )
     assert fake.whole_ms(network) <= 0.5 * fake.whole_ms(dense)
+    kept = facts["kept"]
+    assert kept["of"] == "ms of one call"
+    assert kept["left"] == pytest.approx(fake.whole_ms(network), rel=1e-5)
+    assert kept["asked"] == pytest.approx(0.5 * fake.whole_ms(dense), rel=1e-5)
+    assert kept["met"] is True
     told = facts["latency"]
     assert told["per_call_ms"] == pytest.approx(extra, abs=0.05)
     assert told["control"] == {"whole": [1.0, 0.9, 1.1]}

@@ -59,8 +59,8 @@ def test_layers_that_begin_end_and_embed_stay_dense_and_odd_widths_do(unet):
     found = sparse_layers(unet, "2:4", None, ("down_blocks.1",))
     assert found.skipped["conv_in"] == found.skipped["conv_out"] == "takes the input in or makes the answer"
     assert found.skipped["time_embedding.linear_1"] == "embeds time or text"
-    assert found.skipped["mid_block.resnets.0.conv1"] == "60 outputs, no multiple of 8"
-    assert found.skipped["mid_block.resnets.0.conv2"] == "60 inputs, no multiple of 16"
+    assert found.skipped["mid_block.resnets.0.conv1"] == "60 outputs, no multiple of 8 as sparse kernels need"
+    assert found.skipped["mid_block.resnets.0.conv2"] == "60 inputs, no multiple of 16 as sparse kernels need"
     assert found.skipped["down_blocks.1.resnets.0.conv1"] == "protected"
     paths = [layer.path for layer in found.layers]
     every = [p for p, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]

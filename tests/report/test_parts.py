@@ -146,3 +146,10 @@ def test_nested_facts_become_dotted_rows() -> None:
         ("g", "∞"),
         ("h", "none"),
     ]
+
+
+def test_tables_of_facts_come_behind_what_fits_on_a_line():
+    facts = {"scores": {str(i): i for i in range(70)}, "removed": ["a", "b"], "kept": {"asked": 1, "met": True}}
+    shown = page._bounded(page.flat(page._short_first(facts)))
+    assert [name for name, _ in shown][:4] == ["removed", "kept.asked", "kept.met", "scores.0"]
+    assert shown[-1][0] == "..."

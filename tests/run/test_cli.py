@@ -13,9 +13,12 @@ import yaml
 
 from exporter.errors import RecipeError
 from exporter.inspection import schema_of
+from exporter.preflight import check_recipe
+from exporter.pruners import PRUNERS
 from exporter.pruners.base import CutOptions
 from exporter.recipe import recipe_path
 from exporter.report.writing import read_record
+from exporter.tuning import TUNERS
 from exporter.tuning.options import DistillOptions
 from exporter.validation import options_from, options_schema
 
@@ -42,6 +45,54 @@ def test_lists_are_json_when_asked(call: Any) -> None:
     said = call("pruners")[1]
     assert "keep_ratio (required)" in said
     assert "not supported: its presets remove layers of UNet2DConditionModel" in said
+
+
+@pytest.mark.parametrize("method", [*PRUNERS, *TUNERS])
+def test_one_method_is_told_with_the_meaning_of_every_option(call: Any, method: str) -> None:
+    found = json.loads(call("pruners", method, "--json")[1])
+    said = call("pruners", method)[1]
+    assert found["text"][:60] in said
+    for name, about in found["options"]["properties"].items():
+        assert f"\n{name}: " in said
+        assert about["description"]
+    assert call("pruners", "taylr")[2].endswith("Did you mean 'taylor'?\n")
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            [{"prune": {"method": "taylor", "keep_ratio": 0.5, "prompts": "none.txt"}}],
+            "stages[0].prune.prompts: prompts none.txt: cannot be read; got 'No such file or directory', expected",
+        ),
+        (
+            [{"tune": {"method": "distill", "steps": 1, "prompts": "evryday"}}],
+            "stages[0].tune.prompts: prompts evryday: cannot be read; got",
+        ),
+        (
+            [{"prune": {"method": "wanda", "prompts": "few.txt", "images": 3}}],
+            "stages[0].prune.images: got 3, but 'few.txt' has 2 prompts, expected at most as many.",
+        ),
+        (
+            [{"prune": {"method": "deepcache"}}, {"prune": {"method": "dip-go", "prompts": "few.txt"}}],
+            "stages[1].prune.method: got dip-go after deepcache in stages[0], expected one schedule of steps.",
+        ),
+    ],
+)
+def test_what_a_stage_cannot_work_with_is_told_before_any_work(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[Any], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.txt").write_text("a cat\na dog\n")
+    with pytest.raises(RecipeError) as refused:
+        check_recipe(tiny_recipe(stages=stages))
+    assert said in str(refused.value)
+
+
+def test_prompts_that_are_used_in_turn_may_be_few(tiny_recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("a cat\n")
+    stage = {"prune": {"method": "taylor", "keep_ratio": 0.5, "prompts": str(tmp_path / "few.txt"), "images": 3}}
+    assert check_recipe(tiny_recipe(stages=[stage])).states == ("0-dense", "1-pruned")
 
 
 def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(call: Any) -> None:
