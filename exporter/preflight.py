@@ -21,7 +21,7 @@ from exporter.networks.components import check_requested, components, family
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
-from exporter.prompts import NAMED, prompt_set
+from exporter.prompts import prompt_set
 from exporter.pruners.matrix import SCHEDULES, refusal
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
@@ -209,7 +209,7 @@ def _check_data(recipe: Recipe, index: int, options: Any) -> None:
     try:
         known = len(prompt_set(named).prompts)
     except RecipeError as error:
-        raise RecipeError(f"{place}.prompts: {error} Or name one of the sets {', '.join(NAMED)}.") from error
+        raise RecipeError(f"{place}.prompts: {error}") from error
     wanted = 0 if getattr(options, "in_turn", True) else options.images
     if known < wanted:
         got = f"{place}.images: got {wanted}, but '{named}' has {known} prompts, expected at most as many."

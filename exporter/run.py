@@ -115,8 +115,6 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
             _carry_out(run)
-            if all(cell.status == "ok" for cell in run.cells):
-                note_finished(out, plan.key)
         except (ExporterError, KeyboardInterrupt, OSError, CalibrationError) as error:
             failure = _as_ours(error, out)
             code = failure.exit_code if failure else 130
@@ -164,6 +162,8 @@ def _carry_out(run: _Run) -> None:
     _save_memo(run)
     if run.found:
         run.progress.say(f"{len(run.memo.read)} of {run.memo.asked} files read again")
+    if all(cell.status == "ok" for cell in run.cells):
+        note_finished(run.out, run.plan.key)
 
 
 def _stopwatch(run: _Run, dense: Artifact, shop: Workshop) -> Stopwatch | str:

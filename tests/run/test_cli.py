@@ -67,7 +67,7 @@ def test_one_method_is_told_with_the_meaning_of_every_option(call: Any, method: 
         ),
         (
             [{"tune": {"method": "distill", "steps": 1, "prompts": "evryday"}}],
-            "stages[0].tune.prompts: prompts evryday: cannot be read; got",
+            "stages[0].tune.prompts: prompts evryday: unknown; got 'evryday', expected one of everyday",
         ),
         (
             [{"prune": {"method": "wanda", "prompts": "few.txt", "images": 3}}],
