@@ -156,14 +156,14 @@ def test_twenty_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, 
     chance = random.Random(stage)
     killed = 0
     remove(out, patterns)
-    span = whole / 3 if stage == "measure" else seconds_at_work(runs, patterns) + 0.02
+    span = whole / 3 if stage == "measure" else min(seconds_at_work(runs, patterns) + 0.02, whole / 10)
     while killed < KILLS:
         remove(out, patterns)
         child = runs.start()
         begun = time.monotonic()
         while stage != "measure" and not at_work(out, patterns) and alive(child) and time.monotonic() - begun < 20:
             time.sleep(0.001)
-        time.sleep(chance.random() * span)
+        time.sleep(chance.random() ** 2 * span)  # early moments, when files come and go, more often
         with contextlib.suppress(ProcessLookupError):  # it was done already: that does not count
             os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(runs.status())

@@ -158,8 +158,10 @@ def test_finished_chunks_are_found_again(pipeline, tmp_path):
     again, calls = generate(pipeline, tmp_path)
     assert calls == 0
     assert torch.equal(first.latents, again.latents)
-    (tmp_path / "latents-000002.safetensors").unlink()
-    (tmp_path / "latents-000004.safetensors").write_bytes(b"broken")
+    (second,) = tmp_path.glob("latents-000002-*.safetensors")
+    (third,) = tmp_path.glob("latents-000004-*.safetensors")
+    second.unlink()
+    third.write_bytes(b"broken")
     again, calls = generate(pipeline, tmp_path)
     assert calls == 2 * 2
     assert torch.equal(first.latents, again.latents)
