@@ -192,19 +192,36 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     context = Context(torch.Generator().manual_seed(seed), job.lab.progress, job.workdir, loan)
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
-    kept = parameter_count(network) / parameters
+    left = round(parameter_count(network) / parameters, 6)
     stock = outcome.config if outcome.config is not None and is_built_by(network, outcome.config) else None
     told: dict[str, Any] = {"stock_config": stock is not None} if outcome.config is not None else {}
+    claims = load_claims(folder)
     if outcome.schedule is not None and surgery.is_empty:
         for path in (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SCHEDULE):
             link_file(path, job.folder / component.folder / path.name)
         write_schedule(job.folder / component.folder, outcome.schedule)
     else:
-        claims, lost = carried(load_claims(folder), surgery, network.state_dict())
-        record = Surgery() if stock else load_surgery(folder).then(surgery)
-        _save(network, component, job, record, {**claims, **outcome.sparsity}, config=stock)
+        claims, lost = carried(claims, surgery, network.state_dict())
+        claims = {**claims, **outcome.sparsity}
+        _save(
+            network,
+            component,
+            job,
+            load_surgery(folder).then(surgery) if not stock else Surgery(),
+            claims,
+            config=stock,
+        )
         told |= {"sparsity_lost": lost} if lost else {}
-    return {"component": component.name, "parameters_kept": round(kept, 6), **_edits(surgery), **told, **outcome.facts}
+    told |= _zeros(network, claims)
+    return {"component": component.name, "parameters_over_before": left, **_edits(surgery), **told, **outcome.facts}
+
+
+def _zeros(network: nn.Module, claims: Claims) -> dict[str, Any]:
+    """Return how many layers have zeros that compilers may count on, and what of the whole network is not zero."""
+    if not claims:
+        return {}
+    left = sum(int(torch.count_nonzero(parameter)) for parameter in network.parameters())
+    return {"layers_with_zeros": len(claims), "non_zero_share": round(left / parameter_count(network), 4)}
 
 
 def _edits(surgery: Surgery) -> dict[str, int]:
@@ -241,7 +258,7 @@ def _tune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
         ),
     )
     _save(student, component, job, load_surgery(folder).then(diff(before, student)), claims)
-    return {"component": component.name, **facts}
+    return {"component": component.name, **_zeros(student, claims), **facts}
 
 
 def _save(

@@ -59,6 +59,12 @@ def test_recovery_trains_what_stays_and_keeps_the_zeros(made, pattern):
     assert len(claims) > 60
     assert load_claims(after.path / "unet") == claims
     first, second = loaded(before), loaded(after)
+    for state, network in ((before, first), (after, second)):
+        told = state.manifest.facts["facts"]
+        assert told["layers_with_zeros"] == len(claims)
+        zeros = sum(int((parameter == 0).sum()) for parameter in network.parameters())
+        count = sum(parameter.numel() for parameter in network.parameters())
+        assert told["non_zero_share"] == pytest.approx(1 - zeros / count, abs=1e-4)
     for name in claims:
         was, now = first.get_parameter(name), second.get_parameter(name)
         assert torch.equal(was == 0, now == 0), name
