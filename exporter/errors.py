@@ -30,6 +30,19 @@ class RecipeError(ExporterError):
     exit_code = 2
 
 
+class OutOfReach(RecipeError):  # noqa: N818
+    """A budget that a method cannot keep to.
+
+    Args:
+        message: the sentence.
+        least: what it can reach, as a share of the network before.
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 class SourceError(ExporterError):
     """The source model is missing, damaged or of a kind that is not supported."""
 

@@ -6,23 +6,26 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import targets
 from exporter.artifact import MANIFEST, Artifact, open_artifact
 from exporter.errors import ArtifactError, RecipeError
-from exporter.pruners import PRUNERS
+from exporter.pruners import PRUNERS, pruner
 from exporter.recipe import Recipe
 from exporter.report.formatting import count, plural, printable, quantity
-from exporter.tuning import TUNERS
+from exporter.tuning import TUNERS, tuner
 from exporter.validation import flat, hint, one_of, options_schema
 
 _WIDTH = 120
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+_METHODS: Mapping[str, tuple[Mapping[str, str], Callable[[str], Any]]] = MappingProxyType(
+    {"prune": (PRUNERS, pruner), "tune": (TUNERS, tuner)}
+)
 _SCALED = ("size_bytes", "parameters")
 """Facts whose numbers are read in thousands and millions."""
 
@@ -68,10 +71,9 @@ def target_rows() -> list[dict[str, Any]]:
 def method_rows() -> list[dict[str, Any]]:
     """Return one row per pruning and tuning method: its summary and options with defaults."""
     rows = []
-    for stage, registry in (("prune", PRUNERS), ("tune", TUNERS)):
-        for name, place in registry.items():
-            module, _, attribute = place.partition(":")
-            cls = getattr(import_module(module), attribute)
+    for stage, (registry, load) in _METHODS.items():
+        for name in registry:
+            cls = load(name)
             summary = (inspect.getdoc(cls) or "").partition("\n")[0]
             kinds = get_type_hints(cls.options)
             options = ", ".join(_option(field, kinds[field.name]) for field in dataclasses.fields(cls.options))
@@ -88,10 +90,9 @@ def method_options(name: str) -> dict[str, Any]:
     known = PRUNERS | TUNERS
     if name not in known:
         raise RecipeError(f"pruners: got '{name}', expected {one_of(known)}.{hint(name, known)}")
-    module, _, attribute = known[name].partition(":")
-    loaded = import_module(module)
-    options = options_schema(getattr(loaded, attribute).options)
-    return {"method": name, "text": inspect.getdoc(loaded) or "", "options": options}
+    cls = pruner(name) if name in PRUNERS else tuner(name)
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    return {"method": name, "text": text, "options": options_schema(cls.options)}
 
 
 def method_text(found: Mapping[str, Any]) -> str:
@@ -126,11 +127,10 @@ def schema_of(kind: str) -> dict[str, Any]:
         raise RecipeError(msg)
     found = Recipe.model_json_schema()
     definitions = found["$defs"]
-    for stage, registry in (("prune", PRUNERS), ("tune", TUNERS)):
+    for stage, (registry, load) in _METHODS.items():
         choices = []
-        for name, place in registry.items():
-            module, _, attribute = place.partition(":")
-            options = options_schema(getattr(import_module(module), attribute).options)
+        for name in registry:
+            options = options_schema(load(name).options)
             options["properties"] = {"method": {"const": name}, **options.get("properties", {})}
             options["required"] = ["method", *options.get("required", [])]
             choices.append(options)

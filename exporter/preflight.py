@@ -122,7 +122,7 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
 
     Args:
         recipe: the recipe.
-        out: the run's folder; only its free space is looked at.
+        out: the run's folder, where free space and what is known of files are looked at; by default this folder.
         until: see `exporter run --until`.
         targets: names of the targets to use; None for all.
         states: ids of the states to measure; None for the recipe's.
@@ -210,7 +210,7 @@ def _check_data(recipe: Recipe, index: int, options: Any) -> None:
         known = len(prompt_set(named).prompts)
     except RecipeError as error:
         raise RecipeError(f"{place}.prompts: {error}") from error
-    wanted = 0 if getattr(options, "in_turn", True) else options.images
+    wanted = getattr(options, "least_prompts", 1)
     if known < wanted:
         got = f"{place}.images: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
         raise RecipeError(f"{got} Lower images or give more prompts.")

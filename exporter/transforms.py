@@ -203,14 +203,8 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     else:
         claims, lost = carried(claims, surgery, network.state_dict())
         claims = {**claims, **outcome.sparsity}
-        _save(
-            network,
-            component,
-            job,
-            load_surgery(folder).then(surgery) if not stock else Surgery(),
-            claims,
-            config=stock,
-        )
+        record = Surgery() if stock else load_surgery(folder).then(surgery)
+        _save(network, component, job, record, claims, config=stock)
         told |= {"sparsity_lost": lost} if lost else {}
     told |= _zeros(network, claims)
     return {"component": component.name, "parameters_over_before": left, **_edits(surgery), **told, **outcome.facts}

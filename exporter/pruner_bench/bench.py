@@ -14,14 +14,14 @@ from torch import nn
 
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, locked, open_artifact
-from exporter.errors import ExporterError, RecipeError
+from exporter.errors import ExporterError, OutOfReach
 from exporter.loan import DenseLoan
 from exporter.preflight import check_recipe
 from exporter.progress import Progress, Silent
 from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
-from exporter.pruner_bench.fitting import Fitted, Fitter, first_below, least_of
+from exporter.pruner_bench.fitting import Fitted, Fitter, first_below
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
-from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, predictions_of, run_stages, values_of
+from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, make_dense, predictions_of, run_stages, values_of
 from exporter.recordings import export_options
 from exporter.stopwatch import TargetStopwatch
 
@@ -156,7 +156,7 @@ class _Work:
         folder = setting.out / "runs" / rows[-1].id
         prune = contestant.stage(value)
         try:
-            run_stages(setting.dense, [], 0, setting, Silent())  # reused where it is there
+            make_dense(setting, self._progress)
             if contestant.method == FEWER_STEPS:
                 assert value is not None
                 found, note = self._fewer_steps(round(value * setting.steps), folder, setting), ""
@@ -167,12 +167,11 @@ class _Work:
             record = run_stages(folder, [prune, *tuned], rows[0].seed, setting, self._progress)
             cells = {cell.state: cell for cell in record.cells}
             once = self._once(contestant, folder, record.states[1].facts)
+        except OutOfReach as error:
+            self._close(rows, "not reachable", f"not reachable: {error.least:.2f}x")
+            return
         except ExporterError as error:
-            least = least_of(str(error)) if contestant.knob is not None else None
-            if isinstance(error, RecipeError) and least is not None:
-                self._close(rows, "not reachable", f"not reachable: {least:.2f}x")
-            else:
-                self._close(rows, "failed", str(error))
+            self._close(rows, "failed", str(error))
             return
         predictions = predictions_of(record.states[1].facts)
         for row in rows:
@@ -223,7 +222,7 @@ class _Work:
         assert contestant.knob is not None
         small = replace(self._setting, out=self._setting.out / "fits" / "loops", images=self._setting.batch)
         small = replace(small, latency_seconds=self._setting.latency_seconds / 2)
-        run_stages(small.dense, [], 0, small, Silent())
+        make_dense(small, Silent())
 
         def ratio(value: float) -> float:
             folder = small.out / "runs" / f"{contestant.name}-{value:g}"

@@ -159,11 +159,5 @@ def first_below(ratio: Callable[[float], float], values: Sequence[float], target
     return Fitted(None, least, tuple(tried.items()), f"not reachable: {least:.2f}x")
 
 
-def least_of(message: str) -> float | None:
-    """Return the least ratio that a method's refusal names; None where it names none."""
-    found = re.search(r"expected (?:at least )?([0-9.]+)", message)
-    return float(found[1].rstrip(".")) if found else None
-
-
 def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name)

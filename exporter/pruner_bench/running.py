@@ -134,6 +134,12 @@ def run_stages(
     return record
 
 
+def make_dense(setting: Setting, progress: Progress) -> None:
+    """Carry out the run that all others link, where it is not finished yet."""
+    if not (setting.dense / "cells" / DENSE / TARGET).is_dir():
+        run_stages(setting.dense, [], 0, setting, progress)
+
+
 def drop_heavy(folder: Path) -> None:
     """Remove what can be made again from the states of a finished run."""
     for name in _HEAVY:

@@ -215,8 +215,10 @@ class DataOptions:
     prompts: str | None = None
     images: int = field(default=16, metadata={"minimum": 1})
 
-    in_turn: ClassVar[bool] = False
-    """Whether fewer prompts than `images` do, used again and again."""
+    @property
+    def least_prompts(self) -> int:
+        """How many prompts there have to be."""
+        return self.images
 
     def __post_init__(self) -> None:
         """Check what types cannot say.

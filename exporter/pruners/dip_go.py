@@ -66,7 +66,10 @@ class DipGoOptions(DataOptions):
 
     of_sampling: ClassVar[bool] = True
 
-    in_turn: ClassVar[bool] = True
+    @property
+    def least_prompts(self) -> int:
+        """Gates are trained on prompts in turn; errors are recorded of one each."""
+        return self.images if self.order == "drift" else 1
 
     def __post_init__(self) -> None:
         """Check what types cannot say.

@@ -77,7 +77,10 @@ class EcoDiffOptions(DataOptions):
     regularizer: Literal["l0", "sigmoid"] = "l0"
     softness: float = field(default=0.5, metadata={"exclusiveMinimum": 0, "exclusiveMaximum": 1})
 
-    in_turn: ClassVar[bool] = True
+    @property
+    def least_prompts(self) -> int:
+        """Prompts are used in turn."""
+        return 1
 
     def __post_init__(self) -> None:
         """Check what types cannot say.

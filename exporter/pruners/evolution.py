@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from exporter.errors import RecipeError
+from exporter.errors import OutOfReach
 from exporter.progress import Progress, task
 from exporter.pruners.additivity import additivity, measured, random_sets
 from exporter.pruners.base import MS, Block, Stopwatch, budget_facts
@@ -109,7 +109,8 @@ class Evolution:
         if least > target:
             got = f"prune.latency: below what is left without any unit; got {target:.4g} ms, expected {_up(least)} ms"
             share = f"{math.ceil(1000 * least / self.table.whole) / 1000:g} * dense"
-            raise RecipeError(f"{got} ({share}) or more. Raise it, shorten protect, or cut channels too.")
+            told = f"{got} ({share}) or more. Raise it, shorten protect, or cut channels too."
+            raise OutOfReach(told, least / self.table.whole)
 
     def genome(self, target: float) -> Genome:
         """Return the network that keeps to a latency in ms, measured whole."""

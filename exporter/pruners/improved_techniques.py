@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import nn
 
 from exporter.artifact import digest_of
-from exporter.errors import RecipeError
+from exporter.errors import OutOfReach, RecipeError
 from exporter.progress import task
 from exporter.pruners.base import MS, Block, Context, DataOptions, Outcome, budget_facts
 from exporter.pruners.latency_table import stopwatch_of
@@ -139,9 +139,10 @@ class _Search:
         while (size := self._size_without(self.gone)) > limit:
             left = [path for path in self._blocks if path not in dict(self._order)]
             if len(left) < 2:
-                raise RecipeError(
+                raise OutOfReach(
                     f"prune.keep_ratio: blocks alone do not reach it; got {self._options.keep_ratio:g}, expected "
-                    f"{size / self._dense:.3f} or more, which one last block keeps. Raise it, or cut channels too."
+                    f"{size / self._dense:.3f} or more, which one last block keeps. Raise it, or cut channels too.",
+                    size / self._dense,
                 )
             if len(self._order) % self._options.reevaluate == 0:
                 scores = self._scored(left, loss, known)

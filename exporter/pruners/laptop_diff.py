@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import nn
 
 from exporter.artifact import digest_of
-from exporter.errors import RecipeError
+from exporter.errors import OutOfReach, RecipeError
 from exporter.progress import task
 from exporter.pruners.additivity import additivity, measured, random_sets
 from exporter.pruners.answers import Exam
@@ -228,7 +228,7 @@ class _Search:
     def _unreachable(self, least: float) -> RecipeError:
         got = f"prune.keep_ratio: layers alone do not reach it; got {self._options.keep_ratio:g} of the "
         wanted = f"{self._options.budget}, expected {least + 0.0005:.3f} or more."
-        return RecipeError(f"{got}{wanted} Raise it, shorten protect, or cut channels too.")
+        return OutOfReach(f"{got}{wanted} Raise it, shorten protect, or cut channels too.", least)
 
     def _in_time(self, scores: dict[str, float], half: list[str]) -> list[str]:
         """Time whole networks and ask more, or less, of the table until the best that holds the budget is found."""

@@ -41,7 +41,10 @@ class TaylorOptions(DataOptions, CutOptions):
 
     timesteps: int = field(default=100, metadata={"minimum": 1})
 
-    in_turn: ClassVar[bool] = True
+    @property
+    def least_prompts(self) -> int:
+        """Prompts are used in turn."""
+        return 1
 
     def __post_init__(self) -> None:
         """Check what types cannot say.

@@ -235,10 +235,21 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
     assert told["the latency table of snapfusion predicts whole networks within 10%"].holds is False
 
 
-@pytest.mark.parametrize(("rate", "holds"), [(0.9, False), (0.99, True)])
-def test_pruning_is_held_to_fewer_steps_of_the_plain_sampler(rate, holds):
-    plain = row("fewer-steps", kind="steps", informed=False, values={"judge_rate": Value(value=0.95)})
-    rows = [plain, row("taylor", values={**row("taylor").values, "judge_rate": Value(value=rate)}, recovery=300)]
+@pytest.mark.parametrize(("change", "holds"), [(-2.0, False), (-0.5, True)])
+def test_pruning_is_held_to_fewer_steps_of_the_plain_sampler(change, holds):
+    plain = row("fewer-steps", kind="steps", informed=False, values={"judge_change": Value(value=-1.0)})
+    values = {**row("taylor").values, "judge_change": Value(value=change, low=change - 1)}
+    rows = [plain, row("taylor", values=values, recovery=300)]
     (claim,) = (found for found in claims(rows) if "fewer steps" in found.text)
     assert claim.holds is holds
-    assert claim.told == f"95.0% against taylor after 300 steps, {rate:.1%}."
+    assert claim.told == f"-1.0 points to dense, against {change:+.1f} of taylor after 300 steps."
+
+
+def test_a_method_counts_by_its_worst_seed():
+    def recovered(name, seed, change):
+        values = {**row(name).values, "judge_change": Value(value=change, low=change - 1)}
+        return row(name, seed=seed, recovery=5000, values=values)
+
+    rows = [recovered("taylor", 0, -1.0), recovered("taylor", 1, -3.5), recovered("magnitude", 0, -2.5)]
+    (claim,) = (found for found in claims(rows) if "loses at most" in found.text)
+    assert claim.told.startswith("magnitude after 5,000 steps: -2.5 points")

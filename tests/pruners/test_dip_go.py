@@ -108,6 +108,20 @@ def test_prices_of_reuse_are_the_errors_that_a_chain_makes(tiny_loan, unet, supe
         assert errors[2, depth - 1, 1] == pytest.approx(got[2], rel=1e-3)
 
 
+def test_order_random_keeps_the_budget_and_follows_from_the_seed(tiny_loan, unet, tmp_path):
+    options = DipGoOptions(keep_ratio=0.7, order="random")
+
+    def made(seed):
+        context = Context(torch.Generator().manual_seed(seed), Silent(), tmp_path, tiny_loan)
+        return DipGo(options).prune(unet, context)
+
+    found = [made(seed) for seed in range(6)]
+    assert all(outcome.facts["computed_share"] <= 0.7 for outcome in found)
+    assert all(outcome.facts["order"] == "random" for outcome in found)
+    assert made(0).schedule == found[0].schedule
+    assert len({outcome.schedule.depths for outcome in found}) > 1
+
+
 def test_order_drift_needs_no_training_and_says_so(tiny_loan, unet, tmp_path):
     options = DipGoOptions(prompts=prompts_of(tiny_loan), images=1, keep_ratio=0.7, order="drift")
     found = DipGo(options).prune(unet, context(tiny_loan, tmp_path))
