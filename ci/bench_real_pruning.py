@@ -3,13 +3,13 @@
 ``python ci/bench_real_pruning.py OUT`` makes a random U-Net (f32), prunes it by methods that need no data, exports,
 compares with torch, compiles for OpenVINO bf16, and times all engines against the dense one in turn, in one run; then
 it measures a latency table of the units and holds it to whole networks. Each step is a process of its own and prints
-one JSON line with its most memory. ``--only`` takes some of the variants, ``--steps`` some of the steps.
+one JSON line with its most memory, in all and without mapped files. ``--only`` takes some of the variants, ``--steps``
+some of the steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bench_real_size import CLS, TOKENS, clock, emptied, machine
+from bench_real_size import CLS, TOKENS, answer, asked, clock, emptied, feeds_of, machine, say
 from bench_real_size import STEPS as SIZE_STEPS
 
 VARIANTS: MappingProxyType[str, dict[str, Any] | None] = MappingProxyType(
@@ -55,19 +55,11 @@ def main() -> int:
     given.names = given.only.split(",")
     if given.alone:
         step, variant = given.alone
-        sys.stdout.write(json.dumps(STEPS[step](given, variant)) + "\n")
-        return 0
-    from exporter.metrics.size import run_child
-
+        return answer(lambda: STEPS[step](given, variant))
     for step in given.steps.split(","):
         for variant in given.names if step in PER_VARIANT else ("",):
-            command = [sys.executable, __file__, *sys.argv[1:], "--alone", step, variant]
-            child = run_child(command, timeout_s=7200, paths=sys.path)
-            told = json.loads(child.output.strip().splitlines()[-1])
-            line = {"step": step, "variant": variant, "peak_rss_mib": round(child.peak_rss_mib)}
-            sys.stdout.write(json.dumps({**line, "process_s": round(child.seconds, 1), **told}) + "\n")
-            sys.stdout.flush()
-    sys.stdout.write(json.dumps({"machine": machine()}) + "\n")
+            say({"step": step, "variant": variant, **asked(step, variant)})
+    say({"machine": machine()})
     return 0
 
 
@@ -133,14 +125,14 @@ def _parity(given: Namespace, variant: str) -> dict[str, Any]:
     from exporter.networks.storage import load_network
 
     network, onnx = load_network(_state(given, variant), cls=CLS), given.out / variant / "onnx"
-    asked = _asked(given, variant, network)
+    questions = _questions(given, variant, network)
     found = {}
-    for name, (module, calls) in asked.items():
+    for name, (module, calls) in questions.items():
         found[name] = compare_answers("unet", torch_answers(module, calls), onnx / f"{name}.onnx", calls)["psnr_db"]
     return {"psnr_db": {name: round(value, 1) for name, value in found.items()}}
 
 
-def _asked(given: Namespace, variant: str, network: Any) -> dict[str, tuple[Any, list[tuple[float, Any]]]]:
+def _questions(given: Namespace, variant: str, network: Any) -> dict[str, tuple[Any, list[tuple[float, Any]]]]:
     """Return what each graph is asked, and the module that it has to answer like."""
     from exporter.lowering.parity import torch_answers
     from exporter.lowering.scheduled import cuts_of
@@ -150,12 +142,12 @@ def _asked(given: Namespace, variant: str, network: Any) -> dict[str, tuple[Any,
         return {"model": (network, [(501.0, _feeds(given, 501.0))])}
     schedule = _schedule()
     cuts = cuts_of(_component(), network, schedule)
-    asked: dict[str, tuple[Any, list[tuple[float, Any]]]] = {cut.pattern.name: (cut, []) for cut in cuts}
+    found: dict[str, tuple[Any, list[tuple[float, Any]]]] = {cut.pattern.name: (cut, []) for cut in cuts}
 
     def seeing(cut: Any) -> Callable[[Any], Any]:
         def ask(feeds: Any) -> Any:
             timestep = float(feeds["timestep"])
-            asked[cut.pattern.name][1].append((timestep, dict(feeds)))
+            found[cut.pattern.name][1].append((timestep, dict(feeds)))
             return torch_answers(cut, [(timestep, dict(feeds))])[0]
 
         return ask
@@ -163,7 +155,7 @@ def _asked(given: Namespace, variant: str, network: Any) -> dict[str, tuple[Any,
     chain = Chain(schedule, [seeing(cut) for cut in cuts])
     for step in schedule.steps[: len(DEPTHS)]:
         chain(_feeds(given, step.timestep))
-    return {name: (cut, calls[:1]) for name, (cut, calls) in asked.items()}
+    return {name: (cut, calls[:1]) for name, (cut, calls) in found.items()}
 
 
 def _compile(given: Namespace, variant: str) -> dict[str, Any]:
@@ -271,8 +263,6 @@ def _options(given: Namespace) -> Any:
 
 
 def _feeds(given: Namespace, timestep: float) -> dict[str, Any]:
-    from bench_real_size import feeds_of
-
     return feeds_of(given.out / "dense" / "unet", given.latent, timestep)
 
 

@@ -72,23 +72,37 @@ def main() -> int:
     given = parser.parse_args()
     given.latent = given.latent or CONFIGS[given.family]["sample_size"]
     if given.alone:
-        watch = _Anonymous()
-        watch.start()
-        told = STEPS[given.alone](given)
-        sys.stdout.write(json.dumps({"peak_anonymous_mib": watch.peak_mib, **told}) + "\n")
-        return 0
-    from exporter.metrics.size import run_child
-
+        return answer(lambda: STEPS[given.alone](given))
     found: dict[str, dict[str, Any]] = {}
     for step in given.steps.split(","):
-        command = [sys.executable, __file__, *sys.argv[1:], "--alone", step]
-        child = run_child(command, timeout_s=7200, paths=sys.path)
-        told = json.loads(child.output.strip().splitlines()[-1])
-        found[step] = {"peak_rss_mib": round(child.peak_rss_mib), "process_s": round(child.seconds, 1), **told}
-        sys.stdout.write(json.dumps({step: found[step]}) + "\n")
-        sys.stdout.flush()
-    sys.stdout.write(json.dumps({"ratios": _ratios(found), "machine": machine()}) + "\n")
+        found[step] = asked(step)
+        say({step: found[step]})
+    say({"ratios": _ratios(found), "machine": machine()})
     return 0
+
+
+def asked(*step: str) -> dict[str, Any]:
+    """Have a process of its own carry out one step of this command; return what it answers, and its most memory."""
+    from exporter.metrics.size import run_child
+
+    child = run_child([sys.executable, *sys.argv, "--alone", *step], timeout_s=7200, paths=sys.path)
+    told: dict[str, Any] = json.loads(child.output.strip().splitlines()[-1])
+    return {"peak_rss_mib": round(child.peak_rss_mib), "process_s": round(child.seconds, 1), **told}
+
+
+def answer(step: Callable[[], dict[str, Any]]) -> int:
+    """Carry out one step as a process of its own; return the exit status."""
+    watch = _Anonymous()
+    watch.start()
+    told = step()
+    say({"peak_anonymous_mib": watch.peak_mib, **told})
+    return 0
+
+
+def say(told: dict[str, Any]) -> None:
+    """Print a line of JSON at once."""
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
 
 
 def _ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

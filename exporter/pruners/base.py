@@ -242,7 +242,8 @@ def budget_facts(of: str, *, dense: float, asked: float, left: float) -> dict[st
         asked: what may be left.
         left: what is left.
     """
-    plain = {name: float(f"{value:.6g}") for name, value in (("before", dense), ("asked", asked), ("left", left))}
+    values = {"before": dense, "asked": asked, "left": left}
+    plain = {name: value if value == int(value) else float(f"{value:.6g}") for name, value in values.items()}
     share = round(left / dense, 4) if dense else None
     return {"of": of, **plain, "left_over_before": share, "met": left <= asked * (1 + 1e-9)}
 

@@ -132,7 +132,6 @@ class Evolution:
             "removed": list(genome.removed),
             "copied": list(genome.copied),
             "lost": _rounded(self.loss(genome)),
-            "ms": round(self.whole_ms(genome), 3),
             "additivity": self._additivity,
             "latency": {**self.table.facts(self._timed), "control": control},
         }

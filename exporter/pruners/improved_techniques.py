@@ -159,7 +159,6 @@ class _Search:
             "removed": [{"unit": path, "sensitivity": float(f"{score:.6g}")} for path, score in self._order],
             "evaluations": self._evaluations,
             "lost": float(f"{lost:.6g}"),
-            self._options.budget: {"dense": self._dense, "pruned": self._size()},
         }
 
     def _scored(self, left: list[str], loss: Loss, known: Notes) -> dict[str, float]:

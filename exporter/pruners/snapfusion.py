@@ -43,8 +43,8 @@ import torch
 from torch import nn
 
 from exporter.artifact import digest_of
-from exporter.errors import RecipeError
-from exporter.pruners.base import Context, DataOptions, Outcome
+from exporter.errors import OutOfReach, RecipeError
+from exporter.pruners.base import MS, Context, DataOptions, Outcome, budget_facts
 from exporter.pruners.evolution import Evolution, Genome, Habits, Insert, Means
 from exporter.pruners.latency_table import stopwatch_of
 from exporter.pruners.notes import notes
@@ -198,7 +198,7 @@ class SnapFusion:
             evolution.check(target)
             trained = self._train(network, context, seed) if options.steps else {}
             genome = evolution.genome(target)
-            facts = {"target_ms": round(target, 3), "robust_training": trained, **evolution.facts(genome, target)}
+            facts = {**evolution.facts(genome, target), "robust_training": trained}
             evolution.apply(genome)
         return Outcome(facts)
 
@@ -251,9 +251,9 @@ class SnapFusion:
                 got = (
                     f"prune.latency: the published U-Net takes {ms:.4g} ms here; got {target:.4g} ms, expected as much."
                 )
-                raise RecipeError(f"{got} Raise it, or write preset: search.")
+                raise OutOfReach(f"{got} Raise it, or write preset: search.", ms / table.whole)
             told = table.facts([Timed(frozenset(genome.removed), ms, genome.copied)])
-            facts |= {"target_ms": round(target, 3), "ms": round(ms, 3), "latency": told}
+            facts |= {"kept": budget_facts(MS, dense=table.whole, asked=target, left=ms), "latency": told}
         edit(network, [blocks[path] for path in genome.removed], list(layers.values()))
         return Outcome(facts)
 
