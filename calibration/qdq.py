@@ -1,0 +1,224 @@
+"""A float graph with the nodes that make it work in 8 bits, or store its weights in 8 or 4: one file for all runtimes.
+
+QuantizeLinear and DequantizeLinear, symmetric: signed integers around zero, so that pruned weights stay exactly zero.
+Weights have a scale per output channel (8 bits) or per group of inputs (4 bits), activations one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from calibration.errors import CalibrationError
+from calibration.fitting import Fit
+from calibration.sites import Site, sites_of
+from calibration.statistics import Floats, observed_of, smoothed
+
+FLOAT, INT8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "int8-weights", "int4-weights"
+SCHEMES: Mapping[str, str] = {
+    FLOAT: "as it is",
+    INT8: "weights and activations in 8 bits",
+    INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
+    INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
+}
+_INT4_OPSET = 21
+_HALF = {INT8: 127, INT8_WEIGHTS: 127, INT4_WEIGHTS: 7}
+"""Largest code; the smallest is its negative, so that there is no zero-point and zero stays zero."""
+DATA_FILE = "model.onnx_data"
+_INLINE = 1024
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the sites.
+
+    Attributes:
+        schemes: site -> the scheme its weights or values have in the graph.
+        weight_bytes: of all initializers.
+    """
+
+    schemes: Mapping[str, str]
+    weight_bytes: int
+
+
+def write_quantized(
+    source: Path, out: Path, schemes: Mapping[str, str], fit: Fit | None, *, group: int = 64, correct: bool = True
+) -> Written:
+    """Write ``model.onnx``, and ``model.onnx_data`` with its larger tensors, into a folder.
+
+    Args:
+        source: an ONNX file with folded weights, unchanged.
+        out: an existing folder, not the source's.
+        schemes: site -> one of `SCHEMES`; sites that are missing stay in float.
+        fit: of this graph; needed for `INT8`.
+        group: inputs that share a scale of 4 bits; where it does not divide a layer's inputs, the whole row does.
+        correct: take from biases what rounding the weights adds to the mean.
+
+    Raises:
+        CalibrationError: the fit is missing, or is of another graph; a weight is not finite.
+    """
+    model = ir.load(source)
+    graph, sites = model.graph, sites_of(model.graph)
+    writer = _Writer(graph, fit, group, correct)
+    told = {name: writer.quantize(name, site, schemes.get(name, FLOAT)) for name, site in sites.items()}
+    if INT4_WEIGHTS in told.values() and model.opset_imports.get("", 0) < _INT4_OPSET:
+        model.opset_imports[""] = _INT4_OPSET  # the first whose DequantizeLinear knows groups and 4 bits
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+    graph.sort()
+    size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
+    ir.save(model, out / "model.onnx", external_data=DATA_FILE, size_threshold_bytes=_INLINE)
+    return Written(told, size)
+
+
+class _Writer:
+    """Puts nodes into one graph; a value that several sites read is rounded once."""
+
+    def __init__(self, graph: ir.Graph, fit: Fit | None, group: int, correct: bool) -> None:
+        self._graph, self._fit, self._group, self._correct = graph, fit, group, correct
+        self._observed = observed_of(sites_of(graph).values())
+        self._rounded: dict[str, ir.Value] = {}
+
+    def quantize(self, name: str, site: Site, scheme: str) -> str:
+        """Quantize one site as far as the scheme applies to it; return the scheme it has then."""
+        if scheme == FLOAT or (site.kind == "product" and scheme != INT8):
+            return FLOAT
+        if scheme == INT4_WEIGHTS and site.kind != "linear":
+            scheme = INT8_WEIGHTS
+        divisor = None
+        if scheme == INT8:
+            divisor = self._round_inputs(name, site)
+        if site.weight is not None:
+            self._round_weight(name, site, scheme, divisor)
+        return scheme
+
+    def _round_inputs(self, name: str, site: Site) -> Floats | None:
+        if self._fit is None:
+            raise CalibrationError(f"quantize: {name}: got no fit, expected one for int8. Calibrate first.")
+        divisor = None
+        for index in site.activations:
+            value = site.node.inputs[index]
+            assert value is not None
+            item = next(found for found in self._observed.values() if found.value is value)
+            if item.name not in self._fit.scales:
+                raise CalibrationError(
+                    f"quantize: {name}: its input {item.name} is not in the fit; expected a fit of this graph. Fit again."
+                )
+            divisor = self._fit.smoothing.get(item.name)
+            if item.name not in self._rounded:
+                even = smoothed(self._graph, item, divisor)
+                self._rounded[item.name] = self._pair(even, self._fit.scales[item.name], item.name)
+            site.node.replace_input_with(index, self._rounded[item.name])
+        return divisor
+
+    def _pair(self, value: ir.Value, scale: float, name: str) -> ir.Value:
+        width = self._constant(np.float32(scale), f"{name}.scale")
+        zero = self._constant(np.int8(0), f"{name}.zero_point")
+        narrow = ir.node("QuantizeLinear", [value, width, zero], name=f"{name}/QuantizeLinear")
+        wide = ir.node("DequantizeLinear", [narrow.outputs[0], width, zero], name=f"{name}/DequantizeLinear")
+        self._graph.extend([narrow, wide])
+        return wide.outputs[0]
+
+    def _round_weight(self, name: str, site: Site, scheme: str, divisor: Floats | None) -> None:
+        weight = site.weight
+        assert weight is not None
+        assert weight.const_value is not None
+        values = weight.const_value.numpy().astype(np.float32)
+        if not np.isfinite(values).all():
+            raise CalibrationError(f"quantize: {name}: got weights that are not finite, expected numbers.")
+        if divisor is not None:
+            values = values * np.expand_dims(divisor, site.axis)
+        grouped = scheme == INT4_WEIGHTS
+        codes, scales, block = (
+            _by_groups(values, site.axis, self._group) if grouped else (*_by_rows(values, site.axis), 0)
+        )
+        stored = ir.tensor(codes.astype(ml_dtypes.int4) if grouped else codes.astype(np.int8), name=f"{weight.name}.codes")
+        held = ir.Value(name=stored.name, const_value=stored, shape=ir.Shape(codes.shape), type=ir.TensorType(stored.dtype))
+        self._graph.initializers[str(stored.name)] = held
+        width = self._constant(scales, f"{weight.name}.scale")
+        attributes: dict[str, int] = {"axis": 1 - site.axis, "block_size": block} if grouped else {"axis": site.axis}
+        wide = ir.node("DequantizeLinear", [held, width], attributes, name=f"{weight.name}/DequantizeLinear")
+        wide.outputs[0].shape, wide.outputs[0].dtype = weight.shape, weight.dtype
+        self._graph.insert_before(self._graph[0], wide)
+        site.node.replace_input_with(1, wide.outputs[0])
+        if self._correct and self._fit is not None:
+            wrong = _widened(codes, scales, site.axis, block) - values
+            self._correct_bias(site, wrong, divisor)
+
+    def _correct_bias(self, site: Site, wrong: Floats, divisor: Floats | None) -> None:
+        """Take from the bias what weights that are off by `wrong` add to the mean output."""
+        assert self._fit is not None
+        source = site.node.inputs[0]
+        name = next((item.name for item in self._observed.values() if self._rounded.get(item.name) is source), None)
+        mean = self._fit.means.get(name or (source.name if source is not None else "") or "")
+        place = _bias_of(site)
+        if mean is None or place is None:
+            return
+        node, index = place
+        bias = node.inputs[index]
+        assert bias is not None
+        assert bias.const_value is not None
+        even = mean if divisor is None else mean / divisor
+        summed = wrong.sum(axis=tuple(range(2, wrong.ndim))) if wrong.ndim > 2 else wrong  # noqa: PLR2004
+        shift = (summed if site.axis == 0 else summed.T) @ even
+        old = bias.const_value.numpy()
+        corrected = self._constant(old - shift.reshape(old.shape).astype(old.dtype), f"{bias.name}.corrected")
+        node.replace_input_with(index, corrected)
+
+    def _constant(self, values: np.generic | NDArray[np.generic], name: str) -> ir.Value:
+        array = np.asarray(values)
+        number, unique = 1, name
+        while unique in self._graph.initializers:
+            unique, number = f"{name}_{number}", number + 1
+        value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique), shape=ir.Shape(array.shape))
+        value.dtype = ir.DataType.from_numpy(array.dtype)
+        self._graph.initializers[unique] = value
+        return value
+
+
+def _by_rows(values: Floats, axis: int) -> tuple[Floats, Floats]:
+    """Return codes of 8 bits and a scale per output."""
+    others = tuple(index for index in range(values.ndim) if index != axis)
+    scales = np.maximum(np.abs(values).max(axis=others), np.finfo(np.float32).tiny) / _HALF[INT8]
+    shape = [-1 if index == axis else 1 for index in range(values.ndim)]
+    return np.clip(np.rint(values / scales.reshape(shape)), -127, 127), scales.astype(np.float32)
+
+
+def _by_groups(values: Floats, axis: int, group: int) -> tuple[Floats, Floats, int]:
+    """Return codes of 4 bits of a matrix, a scale per output and group of inputs, and how many are in a group."""
+    inputs = values.shape[1 - axis]
+    size = group if inputs % group == 0 else inputs
+    rows = values if axis == 0 else values.T  # (outputs, inputs)
+    parts = rows.reshape(rows.shape[0], inputs // size, size)
+    scales = np.maximum(np.abs(parts).max(axis=2), np.finfo(np.float32).tiny) / _HALF[INT4_WEIGHTS]
+    codes = np.clip(np.rint(parts / scales[..., None]), -7, 7).reshape(rows.shape)
+    return (codes, scales, size) if axis == 0 else (codes.T, scales.T, size)
+
+
+def _widened(codes: Floats, scales: Floats, axis: int, block: int) -> Floats:
+    """Return what the codes stand for."""
+    if block:
+        return codes * np.repeat(scales, block, axis=1 - axis)
+    return codes * scales.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
+
+
+def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
+    """Return the node and the input that adds a layer's bias, where it is a constant of its own."""
+    node = site.node
+    bias = node.inputs[2] if len(node.inputs) > 2 else None  # noqa: PLR2004
+    if bias is not None:
+        return (node, 2) if bias.is_initializer() and len(bias.uses()) == 1 else None
+    uses = list(node.outputs[0].uses())
+    if node.op_type != "MatMul" or len(uses) != 1 or uses[0][0].op_type != "Add":
+        return None
+    adding, index = uses[0]
+    other = adding.inputs[1 - index]
+    alone = other is not None and other.is_initializer() and len(list(other.uses())) == 1
+    return (adding, 1 - index) if alone and other is not None and other.shape is not None and len(other.shape) == 1 else None

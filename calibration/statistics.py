@@ -1,0 +1,285 @@
+"""What the values in front of a graph's quantizable operators reach, summed up inside the graph itself.
+
+A copy of the graph gets a few small outputs per value (the largest magnitude and the mean of every channel; the error
+of rounding to 8 bits at several ranges), so that no activation ever leaves the runtime: a call takes the memory of a
+call. Calls are denoiser calls along recorded trajectories, and everything is kept call by call, because what a value
+reaches at the first step says little about the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from calibration.errors import CalibrationError
+from calibration.sites import Site, sites_of
+
+Floats = NDArray[np.float32]
+Feeds = Mapping[str, NDArray[Any]]
+Ask = Callable[[Feeds], Mapping[str, NDArray[Any]]]
+Opener = Callable[[Path], Ask]
+"""Loads an ONNX file and returns what answers its calls."""
+
+CANDIDATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Ranges that are tried, as fractions of the largest magnitude seen."""
+LEVELS = 127.0
+
+
+class Told(Protocol):
+    """Takes note of one call done."""
+
+    def __call__(self) -> None:
+        """Note it."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A value in front of one operator or more.
+
+    Attributes:
+        value: of the graph.
+        channels: how many the weights behind it sum over; 1 where there is no weight or it has no axis of its own.
+        features: axis of these; -1 for the last.
+        smooth: whether linear layers alone read it, so that its channels can be evened out against their weights.
+    """
+
+    value: ir.Value
+    channels: int
+    features: int
+    smooth: bool
+
+    @property
+    def name(self) -> str:
+        """Of the value."""
+        return self.value.name or ""
+
+
+def observed_of(sites: Iterable[Site]) -> dict[str, Observed]:
+    """Return the values that are quantized before these sites, by name."""
+    readers: dict[str, list[Site]] = {}
+    values: dict[str, ir.Value] = {}
+    for site in sites:
+        for index in site.activations:
+            value = site.node.inputs[index]
+            if value is not None and value.name is not None:
+                readers.setdefault(value.name, []).append(site)
+                values[value.name] = value
+    return {name: _observed(values[name], found) for name, found in readers.items()}
+
+
+def _observed(value: ir.Value, readers: Sequence[Site]) -> Observed:
+    weighted = [site for site in readers if site.weight is not None]
+    if not weighted or len(weighted) < len(readers) or len({site.features for site in weighted}) > 1:
+        return Observed(value, 1, -1, False)
+    first = weighted[0]
+    assert first.weight is not None
+    assert first.weight.shape is not None
+    # A grouped convolution's weight has the channels of one group only.
+    sizes = {_inputs_of(site) for site in weighted}
+    if len(sizes) > 1 or first.node.attributes.get_int("group", 1) != 1:
+        return Observed(value, 1, -1, False)
+    return Observed(value, sizes.pop(), first.features, all(site.kind == "linear" for site in weighted))
+
+
+def _inputs_of(site: Site) -> int:
+    assert site.weight is not None
+    assert site.weight.shape is not None
+    return int(site.weight.shape[1 - site.axis])
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What values reached, call by call.
+
+    Attributes:
+        largest: value -> (calls, channels) largest magnitude.
+        mean: value -> (calls, channels).
+    """
+
+    largest: Mapping[str, Floats]
+    mean: Mapping[str, Floats]
+
+
+def reach(graph: Path, calls: Sequence[Feeds], opener: Opener, workdir: Path, told: Told) -> Reached:
+    """Return what the values before all sites reach on some calls; killed, it goes on at the call it was at.
+
+    Args:
+        graph: an ONNX file with folded weights.
+        calls: what to ask.
+        opener: of the runtime.
+        workdir: keeps what was found; of this graph and these calls only.
+        told: once per call.
+
+    Raises:
+        CalibrationError: a value is not finite, or zero wherever it was looked at.
+    """
+
+    def add(model: ir.Model) -> None:
+        for index, item in enumerate(observed_of(sites_of(model.graph).values()).values()):
+            flat, axes = _flat(model.graph, item, item.value)
+            size = _node(model.graph, "Abs", [flat])
+            _output(model.graph, _node(model.graph, "ReduceMax", [size, axes], {"keepdims": 0}), f"largest.{index}")
+            _output(model.graph, _node(model.graph, "ReduceMean", [flat, axes], {"keepdims": 0}), f"mean.{index}")
+
+    names = list(observed_of(sites_of(ir.load(graph).graph).values()))
+    found = _gathered(graph, add, calls, opener, workdir / "reach", told)
+    largest = {name: found[f"largest.{index}"].reshape(len(calls), -1) for index, name in enumerate(names)}
+    mean = {name: found[f"mean.{index}"].reshape(len(calls), -1) for index, name in enumerate(names)}
+    for name, values in largest.items():
+        if not np.isfinite(values).all():
+            call = int(np.argmin(np.isfinite(values).all(axis=1)))
+            raise CalibrationError(
+                f"calibration: {name}: got values that are not finite in call {call}, expected numbers. Look at the "
+                "model: what computes them overflows on these inputs."
+            )
+        if not values.any():
+            raise CalibrationError(
+                f"calibration: {name}: got nothing but zeros in {len(calls)} calls, expected a range to fit. Leave "
+                "what reads it in float, or calibrate on other prompts."
+            )
+    return Reached(largest, mean)
+
+
+def errors_of(
+    graph: Path,
+    ranges: Mapping[str, float],
+    smoothing: Mapping[str, Floats],
+    calls: Sequence[Feeds],
+    *,
+    opener: Opener,
+    workdir: Path,
+    told: Told,
+) -> dict[str, Floats]:
+    """Return the relative squared error of rounding each value to 8 bits at every one of the `CANDIDATES`.
+
+    Args:
+        graph: an ONNX file with folded weights.
+        ranges: value -> the largest magnitude, after smoothing.
+        smoothing: value -> (channels,) what it is divided by.
+        calls: what to ask.
+        opener: of the runtime.
+        workdir: keeps what was found.
+        told: once per call.
+
+    Returns:
+        value -> (calls, candidates); relative to the mean square of the value in the same call.
+    """
+    names = list(ranges)
+
+    def add(model: ir.Model) -> None:
+        known = observed_of(sites_of(model.graph).values())
+        for index, name in enumerate(names):
+            value = smoothed(model.graph, known[name], smoothing.get(name))
+            everything = _constant(model.graph, np.arange(0, dtype=np.int64), f"{name}.all")
+            power = _node(model.graph, "ReduceMean", [_node(model.graph, "Mul", [value, value]), everything],
+                          {"keepdims": 0, "noop_with_empty_axes": 0})
+            _output(model.graph, power, f"power.{index}")
+            for number, share in enumerate(CANDIDATES):
+                scale = _constant(model.graph, np.float32(share * ranges[name] / LEVELS), f"{name}.scale.{number}")
+                zero = _constant(model.graph, np.int8(0), f"{name}.zero.{number}")
+                narrow = _node(model.graph, "QuantizeLinear", [value, scale, zero])
+                wide = _node(model.graph, "DequantizeLinear", [narrow, scale, zero])
+                gap = _node(model.graph, "Sub", [value, wide])
+                error = _node(model.graph, "ReduceMean", [_node(model.graph, "Mul", [gap, gap]), everything],
+                              {"keepdims": 0, "noop_with_empty_axes": 0})
+                _output(model.graph, error, f"error.{index}.{number}")
+
+    found = _gathered(graph, add, calls, opener, workdir / "errors", told)
+    tiny = np.finfo(np.float32).tiny
+    return {
+        name: np.stack([found[f"error.{index}.{number}"] for number in range(len(CANDIDATES))], axis=1)
+        / np.maximum(found[f"power.{index}"], tiny)[:, None]
+        for index, name in enumerate(names)
+    }
+
+
+def smoothed(graph: ir.Graph, item: Observed, divisor: Floats | None) -> ir.Value:
+    """Return a value divided channel by channel, in front of whatever reads it; the value itself for None."""
+    if divisor is None:
+        return item.value
+    factor = _constant(graph, (1.0 / divisor).astype(np.float32), f"{item.name}.smoothing")
+    return _node(graph, "Mul", [item.value, factor], after=item.value)
+
+
+def _flat(graph: ir.Graph, item: Observed, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return a form of the value whose channels are what is left when the axes, given too, are reduced."""
+    if item.channels == 1:
+        return value, _constant(graph, np.arange(0, dtype=np.int64), f"{item.name}.axes")
+    if item.features == 1:
+        return value, _constant(graph, np.array([0, 2, 3], dtype=np.int64), f"{item.name}.axes")
+    shape = _constant(graph, np.array([-1, item.channels], dtype=np.int64), f"{item.name}.rows")
+    rows = _node(graph, "Reshape", [value, shape])
+    return rows, _constant(graph, np.array([0], dtype=np.int64), f"{item.name}.axes")
+
+
+def _constant(graph: ir.Graph, values: Any, name: str) -> ir.Value:
+    array = np.asarray(values)
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.initializers[name] = value
+    return value
+
+
+def _node(
+    graph: ir.Graph,
+    kind: str,
+    inputs: list[ir.Value],
+    attributes: Mapping[str, Any] | None = None,
+    after: ir.Value | None = None,
+) -> ir.Value:
+    node = ir.node(kind, inputs, attributes or {})
+    producer = None if after is None else after.producer()
+    if after is None:
+        graph.append(node)
+    elif producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
+    return node.outputs[0]
+
+
+def _output(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    value.name, value.dtype = name, ir.DataType.FLOAT
+    graph.outputs.append(value)
+
+
+def _gathered(
+    graph: Path, add: Callable[[ir.Model], None], calls: Sequence[Feeds], opener: Opener, workdir: Path, told: Told
+) -> dict[str, Floats]:
+    """Put the calls to a copy of the graph with more outputs; what each call answered is kept, and stacked."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    ask: Ask | None = None
+    found: list[dict[str, Floats]] = []
+    for index, feeds in enumerate(calls):
+        kept = workdir / f"call-{index}.safetensors"
+        if not kept.is_file():
+            ask = ask or opener(_written(graph, add, workdir))
+            answer = {name: np.asarray(value, np.float32) for name, value in ask(feeds).items() if "." in name}
+            staging = kept.with_suffix(".partial")
+            save_file({name: np.ascontiguousarray(value) for name, value in answer.items()}, staging)
+            staging.replace(kept)
+        found.append(load_file(kept))
+        told()
+    return {name: np.stack([answer[name] for answer in found]) for name in found[0]}
+
+
+def _written(graph: Path, add: Callable[[ir.Model], None], workdir: Path) -> Path:
+    """Write the graph with the outputs that `add` puts in; it reads the same weights."""
+    model = ir.load(graph)
+    del model.graph.outputs[:]
+    add(model)
+    path = graph.with_name(f".{graph.stem}-{workdir.name}.onnx")  # beside its weights, which it points at
+    ir.save(model, path)
+    return path
+
+
+def of_calls(values: Iterator[Feeds], count: int) -> list[Feeds]:
+    """Return the first calls."""
+    return [feeds for feeds, _ in zip(values, range(count), strict=False)]
