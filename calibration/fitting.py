@@ -11,30 +11,17 @@ fractions of the largest magnitude, whose error relative to the value's own powe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from calibration.errors import CalibrationError
-from calibration.sites import sites_of
-from calibration.statistics import (
-    CANDIDATES,
-    LEVELS,
-    Feeds,
-    Floats,
-    Observed,
-    Opener,
-    Reached,
-    Told,
-    errors_of,
-    observed_of,
-    reach,
-)
+from calibration.sites import Site
+from calibration.statistics import CANDIDATES, LEVELS, Floats, Observed, Reached, Study, errors_of, observed_of, reach
 
 _LEAST = 1e-5
 
@@ -57,7 +44,9 @@ class Fit:
 
     def save(self, path: Path) -> None:
         """Write it as one safetensors file."""
-        tensors = {f"scale {name}": np.float32([scale]) for name, scale in self.scales.items()}
+        tensors: dict[str, Floats] = {
+            f"scale {name}": np.array([scale], np.float32) for name, scale in self.scales.items()
+        }
         tensors |= {f"smoothing {name}": np.ascontiguousarray(value) for name, value in self.smoothing.items()}
         tensors |= {f"mean {name}": np.ascontiguousarray(value) for name, value in self.means.items()}
         staging = path.with_name(f".{path.name}.partial")
@@ -84,39 +73,26 @@ class Fit:
         return cls(scales, kinds["smoothing"], kinds["mean"], facts)
 
 
-def fit(  # noqa: PLR0913 - what is asked of whom, and how
-    graph: Path,
-    calls: Sequence[Feeds],
-    opener: Opener,
-    workdir: Path,
-    told: Callable[[int], Told],
-    *,
-    smoothness: float = 0.5,
-) -> Fit:
-    """Fit scales for every value before the sites of a graph.
+def fit(study: Study, smoothness: float = 0.5) -> Fit:
+    """Fit scales for every value before the sites of a graph, in two passes over the calls.
 
     Args:
-        graph: an ONNX file with folded weights; copies with more outputs are written beside it.
-        calls: recorded, of the steps that matter.
-        opener: of the runtime that answers them.
-        workdir: keeps what was found after every call.
-        told: takes how many calls come, and returns what takes note of each.
+        study: the graph and its calls.
         smoothness: how much of the difference between channels goes into the weights, 0 (none) to 1 (all).
 
     Raises:
         CalibrationError: a value is not finite, or nothing but zeros.
     """
-    note = told(2 * len(calls))
-    reached = reach(graph, calls, opener, workdir, note)
-    known = observed_of(sites_of(ir.load(graph).graph).values())
-    smoothing = _smoothing(graph, known, reached, smoothness) if smoothness else {}
+    reached = reach(study)
+    known = observed_of(study.sites().values())
+    smoothing = _smoothing(known, reached, smoothness) if smoothness else {}
     largest = {name: _largest(reached.largest[name], smoothing.get(name)) for name in known}
-    errors = errors_of(graph, largest, smoothing, calls, opener=opener, workdir=workdir, told=note)
+    errors = errors_of(study, largest, smoothing)
     best = {name: int(np.argmin(values.mean(axis=0))) for name, values in errors.items()}
     scales = {name: CANDIDATES[best[name]] * largest[name] / LEVELS for name in known}
     means = {name: reached.mean[name].mean(axis=0) for name, item in known.items() if item.channels > 1}
     facts = {
-        "calls": len(calls),
+        "calls": len(study.calls),
         "smoothness": smoothness,
         "clipped": sum(CANDIDATES[index] < 1 for index in best.values()),
         "values": len(known),
@@ -129,18 +105,21 @@ def _largest(seen: Floats, divisor: Floats | None) -> float:
     return float((of_channels if divisor is None else of_channels / divisor).max())
 
 
-def _smoothing(graph: Path, known: Mapping[str, Observed], reached: Reached, smoothness: float) -> dict[str, Floats]:
+def _smoothing(known: Mapping[str, Observed], reached: Reached, smoothness: float) -> dict[str, Floats]:
     """Return what linear layers' inputs are divided by, so that their channels and the weights' share the rounding."""
     found: dict[str, Floats] = {}
-    weights: dict[str, Floats] = {}
-    for site in sites_of(ir.load(graph).graph).values():
-        if site.kind == "linear" and site.weight is not None and site.weight.const_value is not None:
-            values = np.abs(site.weight.const_value.numpy()).max(axis=site.axis)
-            name = site.node.inputs[0].name or "" if site.node.inputs[0] is not None else ""
-            weights[name] = np.maximum(weights[name], values) if name in weights else values
     for name, item in known.items():
         if item.smooth:
             inputs = np.maximum(reached.largest[name].max(axis=0), _LEAST)
-            divisor = inputs**smoothness / np.maximum(weights[name], _LEAST) ** (1 - smoothness)
+            weights = np.maximum(np.max([_heights(site) for site in item.readers], axis=0), _LEAST)
+            divisor = inputs**smoothness / weights ** (1 - smoothness)
             found[name] = np.maximum(divisor, _LEAST).astype(np.float32)
+    return found
+
+
+def _heights(site: Site) -> Floats:
+    """Return the largest magnitude of the weights of each input."""
+    assert site.weight is not None
+    assert site.weight.const_value is not None
+    found: Floats = np.abs(site.weight.const_value.numpy()).max(axis=site.axis)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.sites import Site, sites_of
-from calibration.statistics import Floats, observed_of, smoothed
+from calibration.statistics import Floats, Observed, observed_of, smoothed
 
 FLOAT, INT8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "int8-weights", "int4-weights"
 SCHEMES: Mapping[str, str] = {
@@ -83,7 +84,8 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, fit: Fit | None, group: int, correct: bool) -> None:
         self._graph, self._fit, self._group, self._correct = graph, fit, group, correct
-        self._observed = observed_of(sites_of(graph).values())
+        observed = observed_of(sites_of(graph).values())
+        self._observed = {item.value: item for item in observed.values()}
         self._rounded: dict[str, ir.Value] = {}
 
     def quantize(self, name: str, site: Site, scheme: str) -> str:
@@ -92,31 +94,37 @@ class _Writer:
             return FLOAT
         if scheme == INT4_WEIGHTS and site.kind != "linear":
             scheme = INT8_WEIGHTS
-        divisor = None
+        item, divisor = self._input(site, 0), None
         if scheme == INT8:
-            divisor = self._round_inputs(name, site)
+            self._round_inputs(name, site)
+            divisor = None if self._fit is None else self._fit.smoothing.get(item.name)
+        mean = None if self._fit is None else self._fit.means.get(item.name)
         if site.weight is not None:
-            self._round_weight(name, site, scheme, divisor)
+            wrong = self._round_weight(name, site, scheme, divisor)
+            if self._correct and mean is not None:
+                self._correct_bias(site, wrong, mean if divisor is None else mean / divisor)
         return scheme
 
-    def _round_inputs(self, name: str, site: Site) -> Floats | None:
+    def _input(self, site: Site, index: int) -> Observed:
+        value = site.node.inputs[index]
+        assert value is not None
+        return self._observed[value]
+
+    def _round_inputs(self, name: str, site: Site) -> None:
+        """Let a site read its inputs rounded; a value that several sites read is rounded once."""
         if self._fit is None:
             raise CalibrationError(f"quantize: {name}: got no fit, expected one for int8. Calibrate first.")
-        divisor = None
         for index in site.activations:
-            value = site.node.inputs[index]
-            assert value is not None
-            item = next(found for found in self._observed.values() if found.value is value)
+            item = self._input(site, index)
             if item.name not in self._fit.scales:
                 raise CalibrationError(
-                    f"quantize: {name}: its input {item.name} is not in the fit; expected a fit of this graph. Fit again."
+                    f"quantize: {name}: the fit has no range for its input {index}; expected a fit of this network. "
+                    "Fit again."
                 )
-            divisor = self._fit.smoothing.get(item.name)
             if item.name not in self._rounded:
-                even = smoothed(self._graph, item, divisor)
+                even = smoothed(self._graph, item, self._fit.smoothing.get(item.name))
                 self._rounded[item.name] = self._pair(even, self._fit.scales[item.name], item.name)
             site.node.replace_input_with(index, self._rounded[item.name])
-        return divisor
 
     def _pair(self, value: ir.Value, scale: float, name: str) -> ir.Value:
         width = self._constant(np.float32(scale), f"{name}.scale")
@@ -126,7 +134,8 @@ class _Writer:
         self._graph.extend([narrow, wide])
         return wide.outputs[0]
 
-    def _round_weight(self, name: str, site: Site, scheme: str, divisor: Floats | None) -> None:
+    def _round_weight(self, name: str, site: Site, scheme: str, divisor: Floats | None) -> Floats:
+        """Store a site's weights as integers; return by how much they are off."""
         weight = site.weight
         assert weight is not None
         assert weight.const_value is not None
@@ -139,46 +148,39 @@ class _Writer:
         codes, scales, block = (
             _by_groups(values, site.axis, self._group) if grouped else (*_by_rows(values, site.axis), 0)
         )
-        stored = ir.tensor(codes.astype(ml_dtypes.int4) if grouped else codes.astype(np.int8), name=f"{weight.name}.codes")
-        held = ir.Value(name=stored.name, const_value=stored, shape=ir.Shape(codes.shape), type=ir.TensorType(stored.dtype))
-        self._graph.initializers[str(stored.name)] = held
+        narrow = codes.astype(ml_dtypes.int4 if grouped else np.int8)
+        held = self._constant(narrow, f"{weight.name}.codes")
         width = self._constant(scales, f"{weight.name}.scale")
         attributes: dict[str, int] = {"axis": 1 - site.axis, "block_size": block} if grouped else {"axis": site.axis}
         wide = ir.node("DequantizeLinear", [held, width], attributes, name=f"{weight.name}/DequantizeLinear")
-        wide.outputs[0].shape, wide.outputs[0].dtype = weight.shape, weight.dtype
+        wide.outputs[0].shape, wide.outputs[0].type = weight.shape, weight.type
         self._graph.insert_before(self._graph[0], wide)
         site.node.replace_input_with(1, wide.outputs[0])
-        if self._correct and self._fit is not None:
-            wrong = _widened(codes, scales, site.axis, block) - values
-            self._correct_bias(site, wrong, divisor)
+        return _widened(codes, scales, site.axis, block) - values
 
-    def _correct_bias(self, site: Site, wrong: Floats, divisor: Floats | None) -> None:
+    def _correct_bias(self, site: Site, wrong: Floats, mean: Floats) -> None:
         """Take from the bias what weights that are off by `wrong` add to the mean output."""
-        assert self._fit is not None
-        source = site.node.inputs[0]
-        name = next((item.name for item in self._observed.values() if self._rounded.get(item.name) is source), None)
-        mean = self._fit.means.get(name or (source.name if source is not None else "") or "")
         place = _bias_of(site)
-        if mean is None or place is None:
+        if place is None:
             return
         node, index = place
         bias = node.inputs[index]
         assert bias is not None
         assert bias.const_value is not None
-        even = mean if divisor is None else mean / divisor
-        summed = wrong.sum(axis=tuple(range(2, wrong.ndim))) if wrong.ndim > 2 else wrong  # noqa: PLR2004
-        shift = (summed if site.axis == 0 else summed.T) @ even
+        summed = wrong.sum(axis=tuple(range(2, wrong.ndim))) if wrong.ndim > 2 else wrong
+        shift = (summed if site.axis == 0 else summed.T) @ mean
         old = bias.const_value.numpy()
         corrected = self._constant(old - shift.reshape(old.shape).astype(old.dtype), f"{bias.name}.corrected")
         node.replace_input_with(index, corrected)
 
-    def _constant(self, values: np.generic | NDArray[np.generic], name: str) -> ir.Value:
-        array = np.asarray(values)
+    def _constant(self, values: np.generic | NDArray[Any], name: str) -> ir.Value:
         number, unique = 1, name
         while unique in self._graph.initializers:
             unique, number = f"{name}_{number}", number + 1
-        value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique), shape=ir.Shape(array.shape))
-        value.dtype = ir.DataType.from_numpy(array.dtype)
+        tensor = ir.tensor(np.asarray(values), name=unique)
+        value = ir.Value(
+            name=unique, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+        )
         self._graph.initializers[unique] = value
         return value
 
@@ -212,7 +214,7 @@ def _widened(codes: Floats, scales: Floats, axis: int, block: int) -> Floats:
 def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
     """Return the node and the input that adds a layer's bias, where it is a constant of its own."""
     node = site.node
-    bias = node.inputs[2] if len(node.inputs) > 2 else None  # noqa: PLR2004
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         return (node, 2) if bias.is_initializer() and len(bias.uses()) == 1 else None
     uses = list(node.outputs[0].uses())
@@ -221,4 +223,8 @@ def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
     adding, index = uses[0]
     other = adding.inputs[1 - index]
     alone = other is not None and other.is_initializer() and len(list(other.uses())) == 1
-    return (adding, 1 - index) if alone and other is not None and other.shape is not None and len(other.shape) == 1 else None
+    return (
+        (adding, 1 - index)
+        if alone and other is not None and other.shape is not None and len(other.shape) == 1
+        else None
+    )

@@ -107,8 +107,10 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    return value is None or value.is_initializer() or (
-        (producer := value.producer()) is not None and producer.op_type == "Constant"
+    return (
+        value is None
+        or value.is_initializer()
+        or ((producer := value.producer()) is not None and producer.op_type == "Constant")
     )
 
 

@@ -8,10 +8,10 @@ reaches at the first step says little about the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,11 +32,27 @@ CANDIDATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 LEVELS = 127.0
 
 
-class Told(Protocol):
-    """Takes note of one call done."""
+@dataclass(frozen=True)
+class Study:
+    """A graph, what it is asked, and who answers.
 
-    def __call__(self) -> None:
-        """Note it."""
+    Attributes:
+        graph: an ONNX file with folded weights, in a folder of one's own: copies with more outputs are written there.
+        calls: recorded, of the steps that matter.
+        opener: of the runtime.
+        workdir: keeps what was found after every call; of this graph and these calls only.
+        told: called after each.
+    """
+
+    graph: Path
+    calls: Sequence[Feeds]
+    opener: Opener
+    workdir: Path
+    told: Callable[[], None]
+
+    def sites(self) -> dict[str, Site]:
+        """Return the graph's sites."""
+        return sites_of(ir.load(self.graph).graph)
 
 
 @dataclass(frozen=True)
@@ -44,54 +60,57 @@ class Observed:
     """A value in front of one operator or more.
 
     Attributes:
+        name: the first of the sites that read it, and the index of the input; it outlasts another export.
         value: of the graph.
         channels: how many the weights behind it sum over; 1 where there is no weight or it has no axis of its own.
         features: axis of these; -1 for the last.
         smooth: whether linear layers alone read it, so that its channels can be evened out against their weights.
+        readers: the sites.
     """
 
+    name: str
     value: ir.Value
     channels: int
     features: int
     smooth: bool
-
-    @property
-    def name(self) -> str:
-        """Of the value."""
-        return self.value.name or ""
+    readers: tuple[Site, ...]
 
 
 def observed_of(sites: Iterable[Site]) -> dict[str, Observed]:
     """Return the values that are quantized before these sites, by name."""
-    readers: dict[str, list[Site]] = {}
-    values: dict[str, ir.Value] = {}
+    readers: dict[ir.Value, list[Site]] = {}
+    names: dict[ir.Value, str] = {}
     for site in sites:
         for index in site.activations:
             value = site.node.inputs[index]
-            if value is not None and value.name is not None:
-                readers.setdefault(value.name, []).append(site)
-                values[value.name] = value
-    return {name: _observed(values[name], found) for name, found in readers.items()}
+            assert value is not None
+            readers.setdefault(value, []).append(site)
+            names.setdefault(value, f"{site.name}#{index}")
+    return {names[value]: _observed(names[value], value, found) for value, found in readers.items()}
 
 
-def _observed(value: ir.Value, readers: Sequence[Site]) -> Observed:
+def _observed(name: str, value: ir.Value, readers: Sequence[Site]) -> Observed:
     weighted = [site for site in readers if site.weight is not None]
     if not weighted or len(weighted) < len(readers) or len({site.features for site in weighted}) > 1:
-        return Observed(value, 1, -1, False)
+        return Observed(name, value, 1, -1, False, tuple(readers))
     first = weighted[0]
     assert first.weight is not None
     assert first.weight.shape is not None
     # A grouped convolution's weight has the channels of one group only.
     sizes = {_inputs_of(site) for site in weighted}
     if len(sizes) > 1 or first.node.attributes.get_int("group", 1) != 1:
-        return Observed(value, 1, -1, False)
-    return Observed(value, sizes.pop(), first.features, all(site.kind == "linear" for site in weighted))
+        return Observed(name, value, 1, -1, False, tuple(readers))
+    return Observed(
+        name, value, sizes.pop(), first.features, all(site.kind == "linear" for site in weighted), tuple(readers)
+    )
 
 
 def _inputs_of(site: Site) -> int:
     assert site.weight is not None
     assert site.weight.shape is not None
-    return int(site.weight.shape[1 - site.axis])
+    inputs = site.weight.shape[1 - site.axis]
+    assert isinstance(inputs, int)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -107,15 +126,8 @@ class Reached:
     mean: Mapping[str, Floats]
 
 
-def reach(graph: Path, calls: Sequence[Feeds], opener: Opener, workdir: Path, told: Told) -> Reached:
-    """Return what the values before all sites reach on some calls; killed, it goes on at the call it was at.
-
-    Args:
-        graph: an ONNX file with folded weights.
-        calls: what to ask.
-        opener: of the runtime.
-        workdir: keeps what was found; of this graph and these calls only.
-        told: once per call.
+def reach(study: Study) -> Reached:
+    """Return what the values before all sites reach; killed, it goes on at the call it was at.
 
     Raises:
         CalibrationError: a value is not finite, or zero wherever it was looked at.
@@ -128,10 +140,10 @@ def reach(graph: Path, calls: Sequence[Feeds], opener: Opener, workdir: Path, to
             _output(model.graph, _node(model.graph, "ReduceMax", [size, axes], {"keepdims": 0}), f"largest.{index}")
             _output(model.graph, _node(model.graph, "ReduceMean", [flat, axes], {"keepdims": 0}), f"mean.{index}")
 
-    names = list(observed_of(sites_of(ir.load(graph).graph).values()))
-    found = _gathered(graph, add, calls, opener, workdir / "reach", told)
-    largest = {name: found[f"largest.{index}"].reshape(len(calls), -1) for index, name in enumerate(names)}
-    mean = {name: found[f"mean.{index}"].reshape(len(calls), -1) for index, name in enumerate(names)}
+    names, count = list(observed_of(study.sites().values())), len(study.calls)
+    found = _gathered(study, add, "reach")
+    largest = {name: found[f"largest.{index}"].reshape(count, -1) for index, name in enumerate(names)}
+    mean = {name: found[f"mean.{index}"].reshape(count, -1) for index, name in enumerate(names)}
     for name, values in largest.items():
         if not np.isfinite(values).all():
             call = int(np.argmin(np.isfinite(values).all(axis=1)))
@@ -141,32 +153,19 @@ def reach(graph: Path, calls: Sequence[Feeds], opener: Opener, workdir: Path, to
             )
         if not values.any():
             raise CalibrationError(
-                f"calibration: {name}: got nothing but zeros in {len(calls)} calls, expected a range to fit. Leave "
+                f"calibration: {name}: got nothing but zeros in {count} calls, expected a range to fit. Leave "
                 "what reads it in float, or calibrate on other prompts."
             )
     return Reached(largest, mean)
 
 
-def errors_of(
-    graph: Path,
-    ranges: Mapping[str, float],
-    smoothing: Mapping[str, Floats],
-    calls: Sequence[Feeds],
-    *,
-    opener: Opener,
-    workdir: Path,
-    told: Told,
-) -> dict[str, Floats]:
+def errors_of(study: Study, ranges: Mapping[str, float], smoothing: Mapping[str, Floats]) -> dict[str, Floats]:
     """Return the relative squared error of rounding each value to 8 bits at every one of the `CANDIDATES`.
 
     Args:
-        graph: an ONNX file with folded weights.
+        study: the graph and its calls.
         ranges: value -> the largest magnitude, after smoothing.
         smoothing: value -> (channels,) what it is divided by.
-        calls: what to ask.
-        opener: of the runtime.
-        workdir: keeps what was found.
-        told: once per call.
 
     Returns:
         value -> (calls, candidates); relative to the mean square of the value in the same call.
@@ -178,20 +177,21 @@ def errors_of(
         for index, name in enumerate(names):
             value = smoothed(model.graph, known[name], smoothing.get(name))
             everything = _constant(model.graph, np.arange(0, dtype=np.int64), f"{name}.all")
-            power = _node(model.graph, "ReduceMean", [_node(model.graph, "Mul", [value, value]), everything],
-                          {"keepdims": 0, "noop_with_empty_axes": 0})
-            _output(model.graph, power, f"power.{index}")
+            square = _node(model.graph, "Mul", [value, value])
+            _output(
+                model.graph, _node(model.graph, "ReduceMean", [square, everything], {"keepdims": 0}), f"power.{index}"
+            )
             for number, share in enumerate(CANDIDATES):
                 scale = _constant(model.graph, np.float32(share * ranges[name] / LEVELS), f"{name}.scale.{number}")
                 zero = _constant(model.graph, np.int8(0), f"{name}.zero.{number}")
                 narrow = _node(model.graph, "QuantizeLinear", [value, scale, zero])
                 wide = _node(model.graph, "DequantizeLinear", [narrow, scale, zero])
                 gap = _node(model.graph, "Sub", [value, wide])
-                error = _node(model.graph, "ReduceMean", [_node(model.graph, "Mul", [gap, gap]), everything],
-                              {"keepdims": 0, "noop_with_empty_axes": 0})
+                square = _node(model.graph, "Mul", [gap, gap])
+                error = _node(model.graph, "ReduceMean", [square, everything], {"keepdims": 0})
                 _output(model.graph, error, f"error.{index}.{number}")
 
-    found = _gathered(graph, add, calls, opener, workdir / "errors", told)
+    found = _gathered(study, add, "errors")
     tiny = np.finfo(np.float32).tiny
     return {
         name: np.stack([found[f"error.{index}.{number}"] for number in range(len(CANDIDATES))], axis=1)
@@ -250,36 +250,30 @@ def _output(graph: ir.Graph, value: ir.Value, name: str) -> None:
     graph.outputs.append(value)
 
 
-def _gathered(
-    graph: Path, add: Callable[[ir.Model], None], calls: Sequence[Feeds], opener: Opener, workdir: Path, told: Told
-) -> dict[str, Floats]:
+def _gathered(study: Study, add: Callable[[ir.Model], None], purpose: str) -> dict[str, Floats]:
     """Put the calls to a copy of the graph with more outputs; what each call answered is kept, and stacked."""
+    workdir = study.workdir / purpose
     workdir.mkdir(parents=True, exist_ok=True)
     ask: Ask | None = None
     found: list[dict[str, Floats]] = []
-    for index, feeds in enumerate(calls):
+    for index, feeds in enumerate(study.calls):
         kept = workdir / f"call-{index}.safetensors"
         if not kept.is_file():
-            ask = ask or opener(_written(graph, add, workdir))
+            ask = ask or study.opener(_written(study.graph, add, purpose))
             answer = {name: np.asarray(value, np.float32) for name, value in ask(feeds).items() if "." in name}
             staging = kept.with_suffix(".partial")
             save_file({name: np.ascontiguousarray(value) for name, value in answer.items()}, staging)
             staging.replace(kept)
         found.append(load_file(kept))
-        told()
+        study.told()
     return {name: np.stack([answer[name] for answer in found]) for name in found[0]}
 
 
-def _written(graph: Path, add: Callable[[ir.Model], None], workdir: Path) -> Path:
+def _written(graph: Path, add: Callable[[ir.Model], None], purpose: str) -> Path:
     """Write the graph with the outputs that `add` puts in; it reads the same weights."""
     model = ir.load(graph)
     del model.graph.outputs[:]
     add(model)
-    path = graph.with_name(f".{graph.stem}-{workdir.name}.onnx")  # beside its weights, which it points at
+    path = graph.with_name(f".{graph.stem}-{purpose}.onnx")  # beside its weights, which it points at
     ir.save(model, path)
     return path
-
-
-def of_calls(values: Iterator[Feeds], count: int) -> list[Feeds]:
-    """Return the first calls."""
-    return [feeds for feeds, _ in zip(values, range(count), strict=False)]
