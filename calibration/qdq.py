@@ -177,10 +177,9 @@ class _Writer:
         number, unique = 1, name
         while unique in self._graph.initializers:
             unique, number = f"{name}_{number}", number + 1
-        tensor = ir.tensor(np.asarray(values), name=unique)
-        value = ir.Value(
-            name=unique, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
-        )
+        array = np.asarray(values)
+        tensor = ir.tensor(array, name=unique)
+        value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         self._graph.initializers[unique] = value
         return value
 

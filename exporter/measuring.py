@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,20 @@ from exporter.runtime import EngineFacts, close_sessions, open_session, open_ses
 from exporter.shapes import measure_cost, measure_points, points_of
 from exporter.states import components_of, config_of
 from targets.base import Session
+from targets.ort import OnnxRuntime
 
 Array = NDArray[Any]
 Ask = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 def measure_cell(
-    state: Artifact, engine: Artifact, target: str, bench: Bench, *, fixed: Path | None = None
+    state: Artifact,
+    engine: Artifact,
+    target: str,
+    bench: Bench,
+    *,
+    fixed: Path | None = None,
+    written: Mapping[str, Path] | None = None,
 ) -> CellRecord:
     """Measure an engine of a state.
 
@@ -62,6 +70,7 @@ def measure_cell(
         target: the recipe's name of the target.
         bench: what all cells share.
         fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
+        written: the graphs of quantized components, by name: torch has no answers of such a state.
 
     Raises:
         ComponentFailed: it cannot be loaded, answers with the wrong shape, or dies.
@@ -74,12 +83,12 @@ def measure_cell(
     known = components_of(state.path, facts.components)
     with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
         for component in known:
-            _in_torch(state, component, bench)
+            _own_answers(state, component, bench, written or {})
             _dense_reference(component, bench)
     sessions = open_sessions(engine.path, facts)
     try:
         with _clock(seconds, "fidelity"):
-            found += _answers(state, sessions, place, bench)
+            found += _answers(state, sessions, place, bench, written or {})
         with _clock(seconds, "images"):
             measurements, images = draw(engine.path, sessions, place, bench)
             found += measurements
@@ -113,14 +122,16 @@ def measure_cell(
     )
 
 
-def _answers(state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench) -> list[Measurement]:
-    """Put the recorded calls to every component: against its state in torch, and against dense."""
+def _answers(
+    state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench, written: Mapping[str, Path]
+) -> list[Measurement]:
+    """Put the recorded calls to every component: against its state itself, and against dense."""
     found: list[Measurement] = []
     for component in components_of(state.path, sessions):
         session = sessions[component.name]
         here = place.at(component.name)
         got = _ask_component(component, lambda feeds, session=session: run_batched(session, feeds), state.path, bench)  # type: ignore[misc]
-        found += lowering(_in_torch(state, component, bench), got, here)
+        found += lowering(_own_answers(state, component, bench, written), got, here)
         reference = _dense_reference(component, bench)
         if isinstance(got, Answers) and isinstance(reference, Answers):
             found.append(teacher_forced(reference, got, here))
@@ -134,6 +145,22 @@ def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
     if component.role == "denoiser":
         return recorded_answers(bench.recording, Subset(prompts=len(bench.rows)))
     found: Array = np.asarray(_in_torch(bench.dense, component, bench))
+    return found
+
+
+def _own_answers(state: Artifact, component: Component, bench: Bench, written: Mapping[str, Path]) -> Answers | Array:
+    """Return what a state itself answers: in torch, or, where it is quantized, its graph taken at its word."""
+    graph = written.get(component.name)
+    if graph is None:
+        return _in_torch(state, component, bench)
+    if str(graph) not in bench.torch_answers:
+        session = OnnxRuntime().open_as_written(graph)
+        try:
+            asked = partial(run_batched, session)
+            bench.torch_answers[str(graph)] = _ask_component(component, asked, state.path, bench)
+        finally:
+            session.close()
+    found: Answers | Array = bench.torch_answers[str(graph)]
     return found
 
 

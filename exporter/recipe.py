@@ -19,7 +19,7 @@ from exporter.validation import hint, one_of, problems
 from exporter.yaml_recipe import read_yaml, take_out
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-STAGES = {"prune": "pruned", "tune": "tuned"}
+STAGES = {"prune": "pruned", "tune": "tuned", "quantize": "quantized"}
 """Stage -> the word its state's id ends with."""
 
 
@@ -168,17 +168,15 @@ class TargetSpec(BaseModel):
 
 
 class StageSpec(_Part):
-    """One stage: exactly one of `prune` and `tune`, with the method and its options."""
+    """One stage: exactly one of `prune`, `tune` and `quantize`, with its method or scheme and the options of that."""
 
     prune: dict[str, Any] | None = None
     tune: dict[str, Any] | None = None
+    quantize: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: object) -> object:
-        if isinstance(value, Mapping) and "quantize" in value:
-            msg = "quantize: quantization is not available in this version. Remove the stage"
-            raise ValueError(msg)
         if not isinstance(value, Mapping) or len(value) != 1:
             msg = f"expected exactly one of {one_of(STAGES)} with its options, such as {{prune: {{method: magnitude}}}}"
             raise ValueError(msg)
@@ -186,29 +184,34 @@ class StageSpec(_Part):
 
     @model_validator(mode="after")
     def _has_method(self) -> StageSpec:
-        if not isinstance(self.given.get("method"), str):  # a ValueError, which pydantic turns into its own
-            msg = f"{self.kind}.method: missing; expected the name of a method (see `exporter pruners`)"
+        if not isinstance(self.given.get(self.chooser), str):  # a ValueError, which pydantic turns into its own
+            msg = f"{self.kind}.{self.chooser}: missing; expected the name of a {self.chooser} (see `exporter pruners`)"
             raise ValueError(msg)  # noqa: TRY004
         return self
 
     @property
     def kind(self) -> str:
-        """``prune`` or ``tune``."""
-        return "prune" if self.prune is not None else "tune"
+        """``prune``, ``tune`` or ``quantize``."""
+        return next((kind for kind in STAGES if getattr(self, kind) is not None), "tune")
+
+    @property
+    def chooser(self) -> str:
+        """The key that says how: ``scheme`` of quantization, else ``method``."""
+        return "scheme" if self.kind == "quantize" else "method"
 
     @property
     def given(self) -> dict[str, Any]:
-        """Method and options as written."""
-        return dict((self.prune if self.prune is not None else self.tune) or {})
+        """Method, or scheme, and options as written."""
+        return dict(getattr(self, self.kind) or {})
 
     @property
     def method(self) -> str:
-        """Name of the method."""
-        return str(self.given["method"])
+        """Name of the method, or of the scheme."""
+        return str(self.given[self.chooser])
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options without the method."""
+        """The options without the method; a scheme is one of them."""
         return {key: value for key, value in self.given.items() if key != "method"}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state, tokens_of
+from exporter.lowering.engine import (
+    Column,
+    Workshop,
+    compile_fixed,
+    compile_state,
+    export_state,
+    tokens_of,
+    written_of,
+)
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
@@ -200,7 +209,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         fixed = None
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
-        cell = _measured(run, state, column, bench, _Lowered(engine, fixed))
+        cell = _measured(run, state, column, bench, _Lowered(engine, fixed, written_of(exported)))
         if name == DENSE:
             bench.engines[column.name] = engine
         told = ["engine reused"] if len(shop.made) == made else []
@@ -216,10 +225,11 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
 
 @dataclass(frozen=True)
 class _Lowered:
-    """An engine, and the denoiser with fixed shapes where the recipe opens them."""
+    """An engine, the denoiser with fixed shapes where the recipe opens them, and the graphs that are quantized."""
 
     engine: Artifact
     fixed: Artifact | None
+    written: Mapping[str, Path]
 
 
 def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered: _Lowered) -> CellRecord:
@@ -233,7 +243,8 @@ def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered:
         return cell
     from exporter.measuring import measure_cell  # seconds to import
 
-    cell = measure_cell(state, engine, column.name, bench, fixed=None if fixed is None else fixed.path)
+    place = None if fixed is None else fixed.path
+    cell = measure_cell(state, engine, column.name, bench, fixed=place, written=lowered.written)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cell = cell.model_copy(update={"measured_at": now})
     kept.keep(cell, key)

@@ -26,6 +26,7 @@ from exporter.networks.components import Component
 from exporter.networks.cuts import levels_of
 from exporter.networks.loras import fused_entry
 from exporter.networks.pipeline import load_pipeline
+from exporter.networks.quantization import FILES as QUANTIZATION_FILES
 from exporter.networks.schedule import SCHEDULE, read_schedule, write_schedule
 from exporter.networks.source import SourceFacts
 from exporter.networks.sparsity import Claims, carried, load_claims
@@ -37,8 +38,11 @@ from exporter.progress import Progress
 from exporter.prompts import prompt_set
 from exporter.pruners import PRUNERS, pruner
 from exporter.pruners.base import Context, Stopwatch
+from exporter.quantizing.options import quantize_options
+from exporter.quantizing.plan import read_plan
+from exporter.quantizing.stage import Subject, quantize
 from exporter.recipe import Recipe, StageSpec
-from exporter.recordings import resolved_sampling
+from exporter.recordings import export_options, resolved_sampling
 from exporter.sampling import use_scheduler
 from exporter.states import components_of, form_of, image_size
 from exporter.tuning import TUNERS, tuner
@@ -50,6 +54,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "torch-pruning", "accelerate"
 
 EMBEDDED_PROMPTS = "shapes-train"
 """What a stage of the embedded model looks at or trains on where the recipe names no prompts."""
+QUIET_PROMPTS = "shapes-calibration"
+"""The same for ranges."""
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -90,6 +96,8 @@ def stage_options(recipe: Recipe, index: int) -> Any:
     """
     stage, place = recipe.stages[index], f"stages[{index}]"
     embedded = (recipe.source.path or "").startswith("reference:")
+    if stage.kind == "quantize":
+        return quantize_options(stage.options, f"{place}.quantize", QUIET_PROMPTS if embedded else None)
     registry = PRUNERS if stage.kind == "prune" else TUNERS
     if stage.method not in registry:
         msg = f"{place}.{stage.kind}.method: got '{stage.method}', expected {one_of(registry)}."
@@ -130,8 +138,10 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     options = stage_options(lab.recipe, index)
     recipe_part = {"seed": lab.recipe.seed, "stage": stage.kind, "method": stage.method, "options": asdict(options)}
     dependent = any(hasattr(options, name) for name in ("prompts", "of_sampling"))
-    if stage.kind == "tune" or dependent:  # what it draws comes from the dense pipeline
+    if stage.kind != "prune" or dependent:  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
+    if getattr(options, "plan", None):
+        recipe_part |= {"plan": read_plan(Path(options.plan))}
     by_latency = getattr(options, "budget", "") == "latency" or getattr(options, "latency", None) is not None
     if by_latency and not isinstance(lab.stopwatch, str):
         recipe_part |= {"target": lab.stopwatch.digest}
@@ -141,7 +151,7 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
         return found, True
     workdir = lab.out / "work" / key[:32]
     workdir.mkdir(parents=True, exist_ok=True)
-    carry_out = _prune if stage.kind == "prune" else _tune
+    carry_out = {"prune": _prune, "tune": _tune, "quantize": _quantize}[stage.kind]
 
     def build(folder: Path) -> Mapping[str, Any]:
         facts = carry_out(stage, options, _Job(index, parent, dense, lab, workdir, folder))
@@ -184,12 +194,8 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     network = load_network(folder, cls=component.cls)
     before = Snapshot.of(network)
     parameters = parameter_count(network)
-    seed = seed_of(job.lab.recipe.seed, job.index, "prune")
-    sampling = resolved_sampling(job.lab.recipe, job.dense.path)
-    loan = DenseLoan(
-        job.dense, sampling, job.lab.stopwatch, seed, job.workdir / "loan", job.lab.progress, job.lab.shelf
-    )
-    context = Context(torch.Generator().manual_seed(seed), job.lab.progress, job.workdir, loan)
+    loan = _loan(job, "prune")
+    context = Context(torch.Generator().manual_seed(loan.seed), job.lab.progress, job.workdir, loan)
     outcome = pruner(stage.method)(options).prune(network, context)
     surgery = diff(before, network)
     left = round(parameter_count(network) / parameters, 6)
@@ -208,6 +214,25 @@ def _prune(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
         told |= {"sparsity_lost": lost} if lost else {}
     told |= _zeros(network, claims)
     return {"component": component.name, "parameters_over_before": left, **_edits(surgery), **told, **outcome.facts}
+
+
+def _loan(job: _Job, purpose: str) -> DenseLoan:
+    seed = seed_of(job.lab.recipe.seed, job.index, purpose)
+    sampling = resolved_sampling(job.lab.recipe, job.dense.path)
+    folder = job.workdir / "loan"
+    return DenseLoan(job.dense, sampling, job.lab.stopwatch, seed, folder, job.lab.progress, job.lab.shelf)
+
+
+def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
+    """Say how one component is rounded; its weights stay the parent's."""
+    del stage
+    component = component_named(job.parent.path, options.component, f"stages[{job.index}]")
+    folder, out = job.parent.path / component.folder, job.folder / component.folder
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in QUANTIZATION_FILES):
+        link_file(path, out / path.name)
+    export = export_options(job.lab.recipe, job.dense.path)
+    subject = Subject(component, folder, job.parent.part_digest(component.folder), export, job.workdir)
+    return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
 
 
 def _zeros(network: nn.Module, claims: Claims) -> dict[str, Any]:

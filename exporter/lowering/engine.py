@@ -7,6 +7,7 @@ exported and compiled once, and every engine that uses it links the same files.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
+from exporter.networks.quantization import Quantization, read_quantization
 from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
@@ -103,6 +105,12 @@ def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
         ComponentFailed: a component cannot be exported, or its ONNX answers differently from torch.
     """
     return {component.name: _export(state, component, shop) for component in components_of(state.path, shop.requested)}
+
+
+def written_of(exported: Mapping[str, Artifact]) -> dict[str, Path]:
+    """Return the graphs of the components that are quantized, by name."""
+    made = {name: onnx for name, onnx in exported.items() if "quantized" in onnx.manifest.facts}
+    return {name: onnx.path / "model.onnx" for name, onnx in made.items()}
 
 
 def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:
@@ -187,6 +195,10 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         from exporter.networks.storage import load_network, open_bare
 
         source, name = state.path / component.folder, component.name
+        quantization = read_quantization(source)
+        if quantization is not None:
+            graph = shop.out / "work" / f"float-{key[:16]}" / "model.onnx"
+            return _export_quantized(component, state, quantization, (graph, out), options, shop)
         bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
         schedule = read_schedule(source) if component.role == "denoiser" else None
         if schedule is not None:
@@ -203,6 +215,39 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         return {"component": name, "parity": parity, "zeros": zeros}
 
     return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
+
+
+def _export_quantized(
+    component: Component,
+    state: Artifact,
+    quantization: Quantization,
+    places: tuple[Path, Path],
+    options: ExportOptions,
+    shop: Workshop,
+) -> Mapping[str, Any]:
+    """Export in float, hold that to torch, then round it; what rounding changes is the report's matter, not ours.
+
+    `places` are where the float graph is made, for a while, and the folder of the rounded one.
+    """
+    from exporter.lowering.parity import compare_answers, torch_answers  # seconds to import
+    from exporter.lowering.quantized import write_float_graph, write_rounded
+    from exporter.lowering.wrappers import part_of
+    from exporter.lowering.zeros import check_zeros
+    from exporter.networks.sparsity import load_claims
+    from exporter.networks.storage import load_network
+
+    source, name, (graph, out) = state.path / component.folder, component.name, places
+    write_float_graph(component, source, state.part_digest(component.folder), graph.parent, options)
+    started = time.monotonic()
+    calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
+    feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
+    wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
+    parity = compare_answers(name, wanted, graph, feeds)
+    shop.took("parity", time.monotonic() - started)
+    told = write_rounded(graph, source, quantization, out)
+    shutil.rmtree(graph.parent)
+    zeros = check_zeros([out / "model.onnx"], load_claims(source), name)
+    return {"component": name, "parity": parity, "zeros": zeros, "quantized": told}
 
 
 def _export_scheduled(

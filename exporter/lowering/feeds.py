@@ -53,11 +53,16 @@ def recorded_calls(component: Component, config: Mapping[str, Any], recording: R
         yield Fed(None, fed)
         return
     for step in range(len(recording.timesteps)):
-        call = recording.calls(step, start, stop)
-        sides = [call.given] if call.given_uncond is None else [call.given_uncond, call.given]
-        sample = np.concatenate([call.sample] * len(sides))
-        given = {name: np.concatenate([side[name] for side in sides]) for name in call.given}
-        yield Fed(call.timestep, denoiser_feeds(component.cls, config, sample, call.timestep, given))
+        yield denoiser_call(component, config, recording, step, rows)
+
+
+def denoiser_call(component: Component, config: Mapping[str, Any], recording: Recording, step: int, rows: range) -> Fed:
+    """Return one recorded call of the denoiser, rows without the prompt first where there is guidance."""
+    call = recording.calls(step, rows.start, rows.stop)
+    sides = [call.given] if call.given_uncond is None else [call.given_uncond, call.given]
+    sample = np.concatenate([call.sample] * len(sides))
+    given = {name: np.concatenate([side[name] for side in sides]) for name in call.given}
+    return Fed(call.timestep, denoiser_feeds(component.cls, config, sample, call.timestep, given))
 
 
 def denoiser_feeds(

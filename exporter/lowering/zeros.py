@@ -21,6 +21,8 @@ from exporter.errors import ComponentFailed
 from exporter.networks.sparsity import MAX_GROUP, Claims, Pattern, broken, stated
 
 _OPERATORS = ("Conv", "Gemm", "MatMul")
+_ELEMENTWISE = ("Cast", "DequantizeLinear")
+"""What may stand between a weight and its operator and leaves zeros zero: our integers are symmetric."""
 
 
 def check_zeros(paths: Iterable[Path], claims: Claims, component: str) -> dict[str, int]:
@@ -75,7 +77,7 @@ def _zeros(node: ir.Node) -> tuple[Tensor, int] | None:
     while value is not None and (maker := value.producer()) is not None:
         if maker.op_type == "Transpose":
             axis = list(maker.attributes.get_ints("perm", tuple(reversed(range(rank)))))[axis]
-        elif maker.op_type != "Cast":
+        elif maker.op_type not in _ELEMENTWISE:
             return None
         value = maker.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != rank:

@@ -1,0 +1,1 @@
+"""Stages that quantize: which units in which scheme, the plan that says so, and the ranges that go with it."""

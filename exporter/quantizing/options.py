@@ -1,0 +1,87 @@
+"""The recipe's keys of a stage that quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from exporter.errors import RecipeError
+from exporter.validation import options_from
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What ranges are fitted on.
+
+    Attributes:
+        prompts: set or file of prompts; other than those that are measured. The embedded model has its own.
+        samples: images that the dense pipeline draws for the first of them, and whose calls are recorded.
+        calls: how many of the recorded calls ranges are fitted on, each of as many images as the recipe's batch.
+        timesteps: which steps these are of: at even distances, one at random out of equal parts of the trajectory, or
+            more of them where the answer changes fast.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pydantic's own way for dataclasses
+
+    prompts: str | None = None
+    samples: int = field(default=16, metadata={"minimum": 1})
+    calls: int = field(default=16, metadata={"minimum": 1})
+    timesteps: Literal["uniform", "stratified", "informative"] = "stratified"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Weights, or weights and activations, as small integers.
+
+    Attributes:
+        scheme: of every unit that the plan does not name.
+        component: the network; denoiser, or a name such as text_encoder.
+        calibration: what ranges of activations are fitted on.
+        smoothness: how much of the difference between a linear layer's input channels goes into its weights, from 0
+            (none) to 1 (all); SmoothQuant's alpha.
+        group_size: inputs of a linear layer that share a scale of 4 bits.
+        plan: a file that says the scheme of some units: one a line, its module path and the scheme.
+    """
+
+    scheme: Literal["int8", "int8-weights", "int4-weights"]
+    component: str = "denoiser"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    smoothness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    group_size: int = field(default=64, metadata={"minimum": 1})
+    plan: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say.
+
+        Raises:
+            RecipeError: a value out of range, naming the key and the fix.
+        """
+        for place, value in (
+            ("calibration.samples", self.calibration.samples),
+            ("calibration.calls", self.calibration.calls),
+            ("group_size", self.group_size),
+        ):
+            if value < 1:
+                raise RecipeError(f"quantize.{place}: got {value}, expected a whole number of at least 1. Write 16.")
+        if not 0 <= self.smoothness <= 1:
+            got = f"quantize.smoothness: got {self.smoothness:g}, expected a number from 0 to 1."
+            raise RecipeError(f"{got} Write 0.5.")
+
+
+def quantize_options(given: Mapping[str, Any], place: str, prompts: str | None) -> QuantizeOptions:
+    """Check the keys of a stage.
+
+    Args:
+        given: what the recipe says.
+        place: key path for the errors.
+        prompts: what ranges are fitted on where the recipe does not say.
+
+    Raises:
+        RecipeError: unknown key, missing key or wrong value.
+    """
+    options = options_from(QuantizeOptions, given, place)
+    known = options.calibration.prompts or prompts
+    return replace(options, calibration=replace(options.calibration, prompts=known))

@@ -1,0 +1,125 @@
+"""Carries a stage out: the float graph of the parent's component, recorded calls, ranges, and the plan that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from calibration.errors import CalibrationError
+from calibration.fitting import Fit, fit
+from calibration.qdq import FLOAT, INT8
+from calibration.recording import Recording
+from calibration.sites import sites_of
+from calibration.statistics import Feeds, Study
+from calibration.timesteps import chosen
+from exporter.errors import ComponentFailed, ToolMissing
+from exporter.loan import DenseLoan
+from exporter.lowering.feeds import denoiser_call, recorded_calls
+from exporter.lowering.options import ExportOptions
+from exporter.lowering.quantized import write_float_graph
+from exporter.networks.components import Component
+from exporter.networks.quantization import FIT, Quantization, write_quantization
+from exporter.progress import task
+from exporter.quantizing.options import QuantizeOptions
+from exporter.quantizing.plan import check_units, read_plan, schemes_of
+from exporter.states import config_of
+from targets.base import TargetError, TargetMissing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is quantized.
+
+    Attributes:
+        component: of a state.
+        folder: its folder in that state.
+        digest: of that folder.
+        export: shapes and opset; the length of texts follows from the recording.
+        workdir: keeps what is done, so that an interrupted stage goes on.
+    """
+
+    component: Component
+    folder: Path
+    digest: str
+    export: ExportOptions
+    workdir: Path
+
+
+def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: Path) -> dict[str, Any]:
+    """Write ``quantization.json``, and the ranges where activations are rounded, into a folder; return facts.
+
+    Raises:
+        RecipeError: the plan names a unit that is not there, or there are no prompts.
+        ComponentFailed: a range cannot be fitted.
+    """
+    calibration = options.calibration
+    plan = {"": options.scheme, **(read_plan(Path(options.plan)) if options.plan else {})}
+    recording = loan.recording(calibration.prompts, calibration.samples)
+    graph = _float_graph(subject, recording)
+    names = list(sites_of(ir.load(graph).graph))
+    check_units(plan, names, options.plan or "quantize.plan")
+    schemes = schemes_of(plan, names)
+    facts: dict[str, Any] = {"scheme": options.scheme, "plan": {unit or "*": scheme for unit, scheme in plan.items()}}
+    if INT8 in schemes.values():
+        found = _fitted(subject, graph, recording, options, loan)
+        found.save(out / FIT)
+        facts["fit"] = dict(found.facts)
+    write_quantization(out, Quantization(plan, options.group_size, recording.digest))
+    counts = {scheme: list(schemes.values()).count(scheme) for scheme in dict.fromkeys(schemes.values())}
+    return {**facts, "layers": counts, "left_in_float": counts.get(FLOAT, 0), "recording": recording.digest}
+
+
+def _float_graph(subject: Subject, recording: Recording) -> Path:
+    tokens = _tokens(subject.component, recording) or subject.export.tokens
+    options = replace(subject.export, tokens=tokens)
+    return write_float_graph(subject.component, subject.folder, subject.digest, subject.workdir / "float", options)
+
+
+def _tokens(component: Component, recording: Recording) -> int:
+    if component.role == "text":
+        return int(recording.fed(component.folder, 0, 1)["input_ids"].shape[1])
+    states = recording.calls(0, 0, 1).given.get("encoder_hidden_states")
+    return 0 if states is None else int(states.shape[1])
+
+
+def _fitted(subject: Subject, graph: Path, recording: Recording, options: QuantizeOptions, loan: DenseLoan) -> Fit:
+    feeds = list(calls_of(subject.component, subject.folder, recording, options, loan))
+    with task(loan.progress, "calibrate", 2 * len(feeds)) as told:
+        study = Study(graph, feeds, as_written, subject.workdir, told.advance)
+        try:
+            return fit(study, options.smoothness)
+        except CalibrationError as error:
+            raise ComponentFailed(f"{subject.component.name}: {error}") from error
+
+
+def calls_of(
+    component: Component, folder: Path, recording: Recording, options: QuantizeOptions, loan: DenseLoan
+) -> list[Feeds]:
+    """Return the recorded calls that ranges are fitted on, with exactly as many rows as the graph takes."""
+    batch, wanted = loan.batch, options.calibration
+    if recording.count < batch:
+        raise ComponentFailed(
+            f"quantize.calibration.samples: got {recording.count}, expected at least a batch of {batch}. Raise it."
+        )
+    config = config_of(folder)
+    asked = chosen(recording, wanted.timesteps, wanted.calls, batch, loan.seed)
+    if component.role != "denoiser":  # one call each
+        parts = list(dict.fromkeys(rows for _, rows in asked))
+        return [next(recorded_calls(component, config, recording, rows)).feeds for rows in parts]
+    return [denoiser_call(component, config, recording, step, rows).feeds for step, rows in asked]
+
+
+def as_written(path: Path) -> Callable[[Feeds], Mapping[str, Any]]:
+    """Load a graph as it is written, with little memory."""
+    from targets.ort import OnnxRuntime
+
+    try:
+        return OnnxRuntime().open_as_written(path)
+    except TargetMissing as error:
+        raise ToolMissing(f"quantize: {error}") from error
+    except TargetError as error:
+        raise ComponentFailed(f"quantize: {error}") from error
