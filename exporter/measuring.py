@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
 from exporter.loops import loop_of_calls, scheduled_latency
+from exporter.lowering.engine import Quantized
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
 from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
@@ -60,7 +63,7 @@ def measure_cell(
     bench: Bench,
     *,
     fixed: Path | None = None,
-    written: Mapping[str, Path] | None = None,
+    quantized: Mapping[str, Quantized] = MappingProxyType({}),
 ) -> CellRecord:
     """Measure an engine of a state.
 
@@ -70,7 +73,7 @@ def measure_cell(
         target: the recipe's name of the target.
         bench: what all cells share.
         fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
-        written: the graphs of quantized components, by name: torch has no answers of such a state.
+        quantized: what its quantized components are held to, by name.
 
     Raises:
         ComponentFailed: it cannot be loaded, answers with the wrong shape, or dies.
@@ -83,12 +86,12 @@ def measure_cell(
     known = components_of(state.path, facts.components)
     with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
         for component in known:
-            _own_answers(state, component, bench, written or {})
+            _own_answers(state, component, bench, quantized)
             _dense_reference(component, bench)
     sessions = open_sessions(engine.path, facts)
     try:
         with _clock(seconds, "fidelity"):
-            found += _answers(state, sessions, place, bench, written or {})
+            found += _answers(state, sessions, place, bench, quantized)
         with _clock(seconds, "images"):
             measurements, images = draw(engine.path, sessions, place, bench)
             found += measurements
@@ -101,6 +104,8 @@ def measure_cell(
                     fed |= {f"{name}/{part}": feeds for part, feeds in session.fed.items()}
                 else:
                     fed[name] = calls[0]
+                if name in quantized:
+                    found.append(_over_float(session, calls[0], quantized[name].floats, facts, place.at(name), bench))
                 if fixed is not None:
                     found += _shapes(component, session, calls[0], fixed, facts, place.at(name), bench)
                 evidence[name] = session.evidence().to_json()
@@ -123,7 +128,7 @@ def measure_cell(
 
 
 def _answers(
-    state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench, written: Mapping[str, Path]
+    state: Artifact, sessions: Mapping[str, Session], place: Place, bench: Bench, quantized: Mapping[str, Quantized]
 ) -> list[Measurement]:
     """Put the recorded calls to every component: against its state itself, and against dense."""
     found: list[Measurement] = []
@@ -131,7 +136,7 @@ def _answers(
         session = sessions[component.name]
         here = place.at(component.name)
         got = _ask_component(component, lambda feeds, session=session: run_batched(session, feeds), state.path, bench)  # type: ignore[misc]
-        found += lowering(_own_answers(state, component, bench, written), got, here)
+        found += lowering(_own_answers(state, component, bench, quantized), got, here)
         reference = _dense_reference(component, bench)
         if isinstance(got, Answers) and isinstance(reference, Answers):
             found.append(teacher_forced(reference, got, here))
@@ -148,11 +153,13 @@ def _dense_reference(component: Component, bench: Bench) -> Answers | Array:
     return found
 
 
-def _own_answers(state: Artifact, component: Component, bench: Bench, written: Mapping[str, Path]) -> Answers | Array:
+def _own_answers(
+    state: Artifact, component: Component, bench: Bench, quantized: Mapping[str, Quantized]
+) -> Answers | Array:
     """Return what a state itself answers: in torch, or, where it is quantized, its graph taken at its word."""
-    graph = written.get(component.name)
-    if graph is None:
+    if component.name not in quantized:
         return _in_torch(state, component, bench)
+    graph = quantized[component.name].graph
     if str(graph) not in bench.torch_answers:
         session = OnnxRuntime().open_as_written(graph)
         try:
@@ -225,6 +232,40 @@ def _latency(
             dense.close()
     loop = [loop_of_calls(latency, len(calls), place, ratio)] if component.role == "denoiser" else []
     return [*latency_measurements(latency, place, ratio), *loop]
+
+
+def _over_float(
+    session: Session,
+    feeds: Mapping[str, Array],
+    floats: Mapping[str, Path],
+    facts: EngineFacts,
+    place: Place,
+    bench: Bench,
+) -> Measurement:
+    """Time a quantized component against itself in float, at every precision, pair by pair; the fastest one counts."""
+    timer, ratios = _timer(facts, bench), {}
+    for precision, engine in floats.items():
+        options = {**facts.options, "precision": precision} if precision else facts.options
+        other = open_session(engine, replace(facts, options=options))
+        try:
+            pairs = timer.interleaved(lambda: session(feeds), lambda other=other: other(feeds))  # type: ignore[misc]
+        finally:
+            other.close()
+        ratios[precision] = pairs.ratio(f"the same in {precision or 'float'}")
+    worst = max(ratios.values(), key=lambda ratio: ratio.value)
+    detail = {precision: ratio.model_dump() for precision, ratio in ratios.items()}
+    note = f"one call over {worst.to}, the fastest float engine of {', '.join(ratios) or 'float'} here"
+    return place.measured(
+        "latency.over_float",
+        worst.value,
+        "",
+        low=worst.low,
+        high=worst.high,
+        samples=worst.pairs,
+        ratio=worst,
+        note=note,
+        detail=detail,
+    )
 
 
 def _shapes(  # noqa: PLR0913 - what is timed, and where it goes

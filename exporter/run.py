@@ -21,12 +21,13 @@ from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
 from exporter.lowering.engine import (
     Column,
+    Quantized,
     Workshop,
     compile_fixed,
     compile_state,
     export_state,
+    quantized_of,
     tokens_of,
-    written_of,
 )
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
@@ -206,10 +207,12 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         engine = compile_state(state, exported, column, shop)
         if run.plan.until == "compile":
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
+        before = [run.states[made] for made in reversed(list(run.states)) if made != name]
+        quantized = quantized_of(exported, before, column, shop)
         fixed = None
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
-        cell = _measured(run, state, column, bench, _Lowered(engine, fixed, written_of(exported)))
+        cell = _measured(run, state, column, bench, _Lowered(engine, fixed, quantized))
         if name == DENSE:
             bench.engines[column.name] = engine
         told = ["engine reused"] if len(shop.made) == made else []
@@ -225,11 +228,11 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
 
 @dataclass(frozen=True)
 class _Lowered:
-    """An engine, the denoiser with fixed shapes where the recipe opens them, and the graphs that are quantized."""
+    """An engine, the denoiser with fixed shapes where the recipe opens them, and what is quantized."""
 
     engine: Artifact
     fixed: Artifact | None
-    written: Mapping[str, Path]
+    quantized: Mapping[str, Quantized]
 
 
 def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered: _Lowered) -> CellRecord:
@@ -244,7 +247,7 @@ def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered:
     from exporter.measuring import measure_cell  # seconds to import
 
     place = None if fixed is None else fixed.path
-    cell = measure_cell(state, engine, column.name, bench, fixed=place, written=lowered.written)
+    cell = measure_cell(state, engine, column.name, bench, fixed=place, quantized=lowered.quantized)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cell = cell.model_copy(update={"measured_at": now})
     kept.keep(cell, key)

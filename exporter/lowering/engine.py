@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -107,10 +107,56 @@ def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
     return {component.name: _export(state, component, shop) for component in components_of(state.path, shop.requested)}
 
 
-def written_of(exported: Mapping[str, Artifact]) -> dict[str, Path]:
-    """Return the graphs of the components that are quantized, by name."""
-    made = {name: onnx for name, onnx in exported.items() if "quantized" in onnx.manifest.facts}
-    return {name: onnx.path / "model.onnx" for name, onnx in made.items()}
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantized component is held to.
+
+    Attributes:
+        graph: its own, which says what it means: torch has no answers of such a state.
+        floats: precision -> the same component before it was quantized, compiled.
+    """
+
+    graph: Path
+    floats: Mapping[str, Path]
+
+
+def quantized_of(
+    exported: Mapping[str, Artifact], earlier: Sequence[Artifact], column: Column, shop: Workshop
+) -> dict[str, Quantized]:
+    """Return the components of a state that are quantized, each with its float engines on a target.
+
+    Args:
+        exported: the state's components.
+        earlier: the states that it was made from, the last one first.
+        column: where it is measured.
+        shop: what lowering shares.
+
+    Raises:
+        ToolMissing, ComponentFailed: as `compile_state`.
+    """
+    return {
+        name: Quantized(onnx.path / "model.onnx", _floats(name, earlier, column, shop))
+        for name, onnx in exported.items()
+        if "quantized" in onnx.manifest.facts
+    }
+
+
+def _floats(name: str, earlier: Sequence[Artifact], column: Column, shop: Workshop) -> dict[str, Path]:
+    """Compile a component as it was in float, at the column's own precision and at the device's fastest."""
+    known = ((state, part) for state in earlier for part in components_of(state.path, shop.requested))
+    found = next(
+        (state, part)
+        for state, part in known
+        if part.name == name and read_quantization(state.path / part.folder) is None
+    )
+    onnx = _export(*found, shop)
+    own = getattr(column.options, "precision", "")
+    precisions = dict.fromkeys([own, *column.target.capabilities().precisions[-1:]]) if own else {"": None}
+    made = {}
+    for precision in precisions:
+        options = replace(column.options, precision=precision) if precision else column.options
+        made[precision] = _compile(onnx, name, replace(column, options=options), shop).path
+    return made
 
 
 def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:

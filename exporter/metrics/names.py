@@ -46,6 +46,7 @@ METRICS: dict[str, Metric] = {
     "latency.image_ms": Metric("ms", "lower", _LATENCY),
     "latency.shapes_ms": Metric("ms", "lower", _LATENCY),
     "latency.shapes_cost": Metric("", "lower", "Leave shapes out of the recipe, or change the limit."),
+    "latency.over_float": Metric("", "lower", "Leave what is slower in float (quantize.plan), or change the limit."),
     "load_ms": Metric("ms", "lower", "Use the target's cache, or change the limit."),
     "peak_rss_mib": Metric("MiB", "lower", "Keep less, choose a lower precision, or change the limit."),
     "size_bytes": Metric("bytes", "lower", "Keep less, choose a lower precision, or change the limit."),

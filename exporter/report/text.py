@@ -18,6 +18,7 @@ _WORDS = {
     "missed": "MISSED",
     "unmeasured": "NOT MEASURED",
     "not run": "not run",
+    "slower": "NOT FASTER",
 }
 _MARKS = {"missed": "!", "not measured": "?"}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from exporter.report.formatting import plural
+from exporter.report.formatting import number, plural
 from exporter.report.record import CellRecord, GateRecord, RunRecord
 
 Level = Literal["good", "warn", "bad"]
-ProblemKind = Literal["stopped", "failed", "missed", "unmeasured", "not run"]
+ProblemKind = Literal["stopped", "failed", "missed", "unmeasured", "not run", "slower"]
 
 EXIT_MEANINGS = {
     0: "fine",
@@ -30,7 +31,8 @@ class Problem:
     """One reason why the run is not fine.
 
     Attributes:
-        kind: the run was ``stopped``; a cell ``failed`` or was ``not run``; a gate was ``missed`` or ``unmeasured``.
+        kind: the run was ``stopped``; a cell ``failed`` or was ``not run``; a gate was ``missed`` or ``unmeasured``;
+            a component is ``slower`` quantized than in float.
         where: state and target, such as ``1-pruned on openvino``; several where one text holds for all of them.
         text: the sentence that says what and what to do.
     """
@@ -75,6 +77,7 @@ def judge(record: RunRecord) -> Verdict:
             for cell in record.cells
             if cell.status == "not run"
         ),
+        *_slower(record.cells),
     )
     ending = f"exit code {record.exit_code}: {EXIT_MEANINGS.get(record.exit_code, 'unknown')}"
     if not record.complete and record.exit_code == 0:
@@ -127,6 +130,18 @@ def _merged(*problems: Problem) -> tuple[Problem, ...]:
     for problem in problems:
         places.setdefault((problem.kind, problem.text), []).append(problem.where)
     return tuple(Problem(kind, ", ".join(filter(None, where)), text) for (kind, text), where in places.items())
+
+
+def _slower(cells: list[CellRecord]) -> Iterator[Problem]:
+    """Yield what quantization has made no faster: nobody asks for that, so nobody has to set a gate on it."""
+    for cell in cells:
+        for item in cell.measurements:
+            high = item.high if item.high is not None else item.value
+            if item.name == "latency.over_float" and high is not None and high >= 1:
+                than = item.note.removeprefix("one call over ")
+                told = f"{item.component}: no faster quantized: a call takes {number(item.value)} times {than}"
+                fix = "Leave in float what is slower so (the evidence says what ran in 8 bits), or leave the stage out."
+                yield Problem("slower", place(cell.state, cell.target), f"{told}. {fix}")
 
 
 def _cell_counts(cells: list[CellRecord]) -> str:
