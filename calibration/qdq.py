@@ -36,6 +36,22 @@ _INLINE = 1024
 
 
 @dataclass(frozen=True)
+class Manner:
+    """What schemes leave open.
+
+    Attributes:
+        group: inputs that share a scale of 4 bits; where it does not divide a layer's inputs, the whole row does.
+        results: round what convolutions in `INT8` answer, too. ONNX Runtime and TensorRT have integer kernels for these
+            alone; OpenVINO's answer in floating point, which is more exact.
+        correct: take from biases what rounding the weights adds to the mean.
+    """
+
+    group: int = 64
+    results: bool = False
+    correct: bool = True
+
+
+@dataclass(frozen=True)
 class Written:
     """What became of the sites.
 
@@ -49,7 +65,7 @@ class Written:
 
 
 def write_quantized(
-    source: Path, out: Path, schemes: Mapping[str, str], fit: Fit | None, *, group: int = 64, correct: bool = True
+    source: Path, out: Path, schemes: Mapping[str, str], fit: Fit | None, manner: Manner = Manner()
 ) -> Written:
     """Write ``model.onnx``, and ``model.onnx_data`` with its larger tensors, into a folder.
 
@@ -58,15 +74,14 @@ def write_quantized(
         out: an existing folder, not the source's.
         schemes: site -> one of `SCHEMES`; sites that are missing stay in float.
         fit: of this graph; needed for `INT8`.
-        group: inputs that share a scale of 4 bits; where it does not divide a layer's inputs, the whole row does.
-        correct: take from biases what rounding the weights adds to the mean.
+        manner: what schemes leave open.
 
     Raises:
         CalibrationError: the fit is missing, or is of another graph; a weight is not finite.
     """
     model = ir.load(source)
     graph, sites = model.graph, sites_of(model.graph)
-    writer = _Writer(graph, fit, group, correct)
+    writer = _Writer(graph, fit, manner)
     told = {name: writer.quantize(name, site, schemes.get(name, FLOAT)) for name, site in sites.items()}
     if INT4_WEIGHTS in told.values() and model.opset_imports.get("", 0) < _INT4_OPSET:
         model.opset_imports[""] = _INT4_OPSET  # the first whose DequantizeLinear knows groups and 4 bits
@@ -82,8 +97,8 @@ def write_quantized(
 class _Writer:
     """Puts nodes into one graph; a value that several sites read is rounded once."""
 
-    def __init__(self, graph: ir.Graph, fit: Fit | None, group: int, correct: bool) -> None:
-        self._graph, self._fit, self._group, self._correct = graph, fit, group, correct
+    def __init__(self, graph: ir.Graph, fit: Fit | None, manner: Manner) -> None:
+        self._graph, self._fit, self._manner = graph, fit, manner
         observed = observed_of(sites_of(graph).values())
         self._observed = {item.value: item for item in observed.values()}
         self._rounded: dict[str, ir.Value] = {}
@@ -97,11 +112,13 @@ class _Writer:
         item, divisor = self._input(site, 0), None
         if scheme == INT8:
             self._round_inputs(name, site)
+            if self._manner.results and site.kind == "conv":
+                self._round_result(name, site)
             divisor = None if self._fit is None else self._fit.smoothing.get(item.name)
         mean = None if self._fit is None else self._fit.means.get(item.name)
         if site.weight is not None:
             wrong = self._round_weight(name, site, scheme, divisor)
-            if self._correct and mean is not None:
+            if self._manner.correct and mean is not None:
                 self._correct_bias(site, wrong, mean if divisor is None else mean / divisor)
         return scheme
 
@@ -116,15 +133,29 @@ class _Writer:
             raise CalibrationError(f"quantize: {name}: got no fit, expected one for int8. Calibrate first.")
         for index in site.activations:
             item = self._input(site, index)
-            if item.name not in self._fit.scales:
-                raise CalibrationError(
-                    f"quantize: {name}: the fit has no range for its input {index}; expected a fit of this network. "
-                    "Fit again."
-                )
             if item.name not in self._rounded:
                 even = smoothed(self._graph, item, self._fit.smoothing.get(item.name))
-                self._rounded[item.name] = self._pair(even, self._fit.scales[item.name], item.name)
+                self._rounded[item.name] = self._pair(even, self._scale(item, name), item.name)
             site.node.replace_input_with(index, self._rounded[item.name])
+
+    def _round_result(self, name: str, site: Site) -> None:
+        assert self._fit is not None
+        value = site.node.outputs[0]
+        item = self._observed[value]
+        if item.readers:
+            return  # whoever reads it rounds it
+        readers = list(value.uses())
+        rounded = self._pair(value, self._scale(item, name), item.name)
+        for node, index in readers:
+            node.replace_input_with(index, rounded)
+
+    def _scale(self, item: Observed, name: str) -> float:
+        assert self._fit is not None
+        if item.name not in self._fit.scales:
+            raise CalibrationError(
+                f"quantize: {name}: the fit has no range for {item.name}; expected a fit of this network. Fit again."
+            )
+        return self._fit.scales[item.name]
 
     def _pair(self, value: ir.Value, scale: float, name: str) -> ir.Value:
         width = self._constant(np.float32(scale), f"{name}.scale")
@@ -146,7 +177,7 @@ class _Writer:
             values = values * np.expand_dims(divisor, site.axis)
         grouped = scheme == INT4_WEIGHTS
         codes, scales, block = (
-            _by_groups(values, site.axis, self._group) if grouped else (*_by_rows(values, site.axis), 0)
+            _by_groups(values, site.axis, self._manner.group) if grouped else (*_by_rows(values, site.axis), 0)
         )
         narrow = codes.astype(ml_dtypes.int4 if grouped else np.int8)
         held = self._constant(narrow, f"{weight.name}.codes")

@@ -8,7 +8,7 @@ reaches at the first step says little about the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ Opener = Callable[[Path], Ask]
 CANDIDATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Ranges that are tried, as fractions of the largest magnitude seen."""
 LEVELS = 127.0
+RESULT = "out"
+"""In place of an input's index, in the names of values."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Observed:
     """A value in front of one operator or more.
 
     Attributes:
-        name: the first of the sites that read it, and the index of the input; it outlasts another export.
+        name: the first of the sites that read it, and the index of the input (`RESULT`, where it is what a convolution
+            answers and no site reads it); it outlasts another export.
         value: of the graph.
         channels: how many the weights behind it sum over; 1 where there is no weight or it has no axis of its own.
         features: axis of these; -1 for the last.
@@ -76,8 +79,8 @@ class Observed:
     readers: tuple[Site, ...]
 
 
-def observed_of(sites: Iterable[Site]) -> dict[str, Observed]:
-    """Return the values that are quantized before these sites, by name."""
+def observed_of(sites: Collection[Site]) -> dict[str, Observed]:
+    """Return the values that are quantized before these sites, and what convolutions answer, by name."""
     readers: dict[ir.Value, list[Site]] = {}
     names: dict[ir.Value, str] = {}
     for site in sites:
@@ -86,6 +89,10 @@ def observed_of(sites: Iterable[Site]) -> dict[str, Observed]:
             assert value is not None
             readers.setdefault(value, []).append(site)
             names.setdefault(value, f"{site.name}#{index}")
+    for site in sites:
+        if site.kind == "conv":
+            readers.setdefault(site.node.outputs[0], [])
+            names.setdefault(site.node.outputs[0], f"{site.name}#{RESULT}")
     return {names[value]: _observed(names[value], value, found) for value, found in readers.items()}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import targets
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_file, link_tree, reusable, write_artifact
 from exporter.dense import fill_dense
@@ -140,8 +141,9 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     dependent = any(hasattr(options, name) for name in ("prompts", "of_sampling"))
     if stage.kind != "prune" or dependent:  # what it draws comes from the dense pipeline
         recipe_part |= {"dense": dense.digest, "sampling": lab.recipe.sampling.model_dump()}
-    if getattr(options, "plan", None):
-        recipe_part |= {"plan": read_plan(Path(options.plan))}
+    if stage.kind == "quantize":
+        plan = read_plan(Path(options.plan)) if options.plan else None
+        recipe_part |= {"plan": plan, "rounds_results": _rounds_results(lab.recipe)}
     by_latency = getattr(options, "budget", "") == "latency" or getattr(options, "latency", None) is not None
     if by_latency and not isinstance(lab.stopwatch, str):
         recipe_part |= {"target": lab.stopwatch.digest}
@@ -231,8 +233,16 @@ def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in QUANTIZATION_FILES):
         link_file(path, out / path.name)
     export = export_options(job.lab.recipe, job.dense.path)
-    subject = Subject(component, folder, job.parent.part_digest(component.folder), export, job.workdir)
+    digest, rounds = job.parent.part_digest(component.folder), _rounds_results(job.lab.recipe)
+    subject = Subject(component, folder, digest, export, rounds, job.workdir)
     return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
+
+
+def _rounds_results(recipe: Recipe) -> bool:
+    """Return whether a target of the recipe computes convolutions in integers only where their results are rounded."""
+    return any(
+        targets.target(spec.type).rounds_results for spec in recipe.targets.values() if spec.type in targets.TARGETS
+    )
 
 
 def _zeros(network: nn.Module, claims: Claims) -> dict[str, Any]:

@@ -147,11 +147,13 @@ class Target(Protocol):
         type: the name recipes use.
         options: the frozen dataclass of this target's options; its fields are the recipe's keys.
         engine_file: name of the file that the loaders of the runtime's own ecosystem expect in a component folder.
+        rounds_results: whether it computes convolutions in integers only where their results are rounded to 8 bits too.
     """
 
     type: str
     options: OptionsClass
     engine_file: str
+    rounds_results: bool
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do, without raising and without loading the library when it is missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
 import tempfile
@@ -100,6 +101,7 @@ class OnnxRuntime:
     type = "onnxruntime"
     options = OrtOptions
     engine_file = "model.onnx"
+    rounds_results = True
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do."""
@@ -272,12 +274,28 @@ def _session(path: Path, options: OrtOptions, settings: Any = None, left_out: tu
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return library.InferenceSession(
-            str(path), settings, providers=[_PROVIDER], disabled_optimizers=list(left_out) or None
+            str(path), settings, providers=[_PROVIDER], disabled_optimizers=[*left_out, *_hindering(path)] or None
         )
     except _errors() as error:
         raise TargetError(
             f"{_PLACE}: {path}: not an ONNX model that the runtime takes; got: {str(error).strip()} Export it again."
         ) from error
+
+
+def _hindering(path: Path) -> tuple[str, ...]:
+    """Return the optimisers that keep a graph from the runtime's integer kernels.
+
+    A product and the sum after it become one Gemm before the runtime looks for products of integers, and a Gemm with a
+    bias in floating point is none (measured on a U-Net's quantized linear layers: 21 ms in floats, 12 ms in integers).
+    """
+    quantized = path.suffix == ".onnx" and path.is_file() and _graph_bytes(path).find(b"QuantizeLinear") >= 0
+    return ("MatMulAddFusion",) if quantized else ()
+
+
+def _graph_bytes(path: Path) -> Any:
+    """Return a file as something that can be searched without being read whole."""
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -74,6 +74,7 @@ class OpenVino:
     type = "openvino"
     options = OvOptions
     engine_file = "openvino_model.xml"
+    rounds_results = False
 
     def capabilities(self) -> Capabilities:
         """Say what this machine's CPU can do."""

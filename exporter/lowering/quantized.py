@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
-from calibration.qdq import write_quantized
+from calibration.qdq import Manner, write_quantized
 from calibration.sites import sites_of, unit_of
 from exporter.errors import ComponentFailed
 from exporter.lowering.options import ExportOptions
@@ -66,7 +66,7 @@ def write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> M
     schemes = {name: told.plan[unit] for name in sites if (unit := unit_of(name, told.plan)) is not None}
     try:
         fit = Fit.load(folder / FIT) if (folder / FIT).is_file() else None
-        written = write_quantized(graph, out, schemes, fit, group=told.group)
+        written = write_quantized(graph, out, schemes, fit, Manner(told.group, told.results))
     except CalibrationError as error:
         raise ComponentFailed(str(error)) from error
     counts: dict[str, int] = {}

@@ -27,11 +27,13 @@ class Quantization:
     Attributes:
         plan: module path -> scheme; the longest path that a layer's name begins with decides, the empty one holds all.
         group: inputs that share a scale of 4 bits.
+        results: whether what convolutions in 8 bits answer is rounded too.
         calibration: digest of the recording that ranges were fitted on; empty where none was needed.
     """
 
     plan: Mapping[str, str] = field(default_factory=dict)
     group: int = 64
+    results: bool = False
     calibration: str = ""
 
 
@@ -51,12 +53,13 @@ def read_quantization(folder: Path) -> Quantization | None:
     if not path.is_file():
         return None
     content = read_object(path, ArtifactError)
-    plan, group = content.get("plan"), content.get("group")
+    plan, group, results = (content.get(key) for key in ("plan", "group", "results"))
     sound = (
         content.get("format") == _FORMAT
         and isinstance(plan, dict)
         and all(isinstance(scheme, str) for scheme in plan.values())
         and isinstance(group, int)
+        and isinstance(results, bool)
         and isinstance(content.get("calibration"), str)
     )
     if not sound:
@@ -65,4 +68,4 @@ def read_quantization(folder: Path) -> Quantization | None:
         )
     assert isinstance(plan, dict)
     assert isinstance(group, int)
-    return Quantization(plan, group, str(content["calibration"]))
+    return Quantization(plan, group, bool(results), str(content["calibration"]))

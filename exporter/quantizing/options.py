@@ -43,6 +43,8 @@ class QuantizeOptions:
         smoothness: how much of the difference between a linear layer's input channels goes into its weights, from 0
             (none) to 1 (all); SmoothQuant's alpha.
         group_size: inputs of a linear layer that share a scale of 4 bits.
+        results: of convolutions: ``int8`` rounds them too, which ONNX Runtime's and TensorRT's integer kernels need,
+            ``float`` does not, which is more exact; ``auto`` does it where a target of the recipe needs it.
         plan: a file that says the scheme of some units: one a line, its module path and the scheme.
     """
 
@@ -51,6 +53,7 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     smoothness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
     group_size: int = field(default=64, metadata={"minimum": 1})
+    results: Literal["auto", "float", "int8"] = "auto"
     plan: str | None = None
 
     def __post_init__(self) -> None:

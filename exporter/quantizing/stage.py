@@ -39,6 +39,7 @@ class Subject:
         folder: its folder in that state.
         digest: of that folder.
         export: shapes and opset; the length of texts follows from the recording.
+        rounds_results: whether a target has integer kernels only for convolutions whose results are rounded.
         workdir: keeps what is done, so that an interrupted stage goes on.
     """
 
@@ -46,6 +47,7 @@ class Subject:
     folder: Path
     digest: str
     export: ExportOptions
+    rounds_results: bool
     workdir: Path
 
 
@@ -68,7 +70,8 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
         found = _fitted(subject, graph, recording, options, loan)
         found.save(out / FIT)
         facts["fit"] = dict(found.facts)
-    write_quantization(out, Quantization(plan, options.group_size, recording.digest))
+    results = options.results == "int8" or (options.results == "auto" and subject.rounds_results)
+    write_quantization(out, Quantization(plan, options.group_size, results, recording.digest))
     counts = {scheme: list(schemes.values()).count(scheme) for scheme in dict.fromkeys(schemes.values())}
     return {**facts, "layers": counts, "left_in_float": counts.get(FLOAT, 0), "recording": recording.digest}
 
