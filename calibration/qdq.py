@@ -65,7 +65,7 @@ class Written:
 
 
 def write_quantized(
-    source: Path, out: Path, schemes: Mapping[str, str], fit: Fit | None, manner: Manner = Manner()
+    source: Path, out: Path, schemes: Mapping[str, str], fit: Fit | None, manner: Manner | None = None
 ) -> Written:
     """Write ``model.onnx``, and ``model.onnx_data`` with its larger tensors, into a folder.
 
@@ -81,7 +81,7 @@ def write_quantized(
     """
     model = ir.load(source)
     graph, sites = model.graph, sites_of(model.graph)
-    writer = _Writer(graph, fit, manner)
+    writer = _Writer(graph, fit, manner or Manner())
     told = {name: writer.quantize(name, site, schemes.get(name, FLOAT)) for name, site in sites.items()}
     if INT4_WEIGHTS in told.values() and model.opset_imports.get("", 0) < _INT4_OPSET:
         model.opset_imports[""] = _INT4_OPSET  # the first whose DequantizeLinear knows groups and 4 bits
@@ -133,21 +133,27 @@ class _Writer:
             raise CalibrationError(f"quantize: {name}: got no fit, expected one for int8. Calibrate first.")
         for index in site.activations:
             item = self._input(site, index)
-            if item.name not in self._rounded:
-                even = smoothed(self._graph, item, self._fit.smoothing.get(item.name))
-                self._rounded[item.name] = self._pair(even, self._scale(item, name), item.name)
-            site.node.replace_input_with(index, self._rounded[item.name])
+            known = self._rounded.get(item.name)
+            even = known or smoothed(self._graph, item, self._fit.smoothing.get(item.name))
+            site.node.replace_input_with(index, known or self._once(item, even, name))
 
     def _round_result(self, name: str, site: Site) -> None:
         assert self._fit is not None
         value = site.node.outputs[0]
         item = self._observed[value]
-        if item.readers:
-            return  # whoever reads it rounds it
-        readers = list(value.uses())
-        rounded = self._pair(value, self._scale(item, name), item.name)
+        if item.name in self._fit.smoothing:
+            return  # what reads it rounds another value
+        readers = [(node, index) for node, index in value.uses() if node.op_type != "QuantizeLinear"]
+        rounded = self._once(item, value, name)
         for node, index in readers:
             node.replace_input_with(index, rounded)
+
+    def _once(self, item: Observed, value: ir.Value, name: str) -> ir.Value:
+        """Return a value rounded, which every reader shares."""
+        if item.name not in self._rounded:
+            self._rounded[item.name] = self._pair(value, self._scale(item, name), item.name)
+            self._observed[self._rounded[item.name]] = item
+        return self._rounded[item.name]
 
     def _scale(self, item: Observed, name: str) -> float:
         assert self._fit is not None
