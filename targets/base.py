@@ -68,6 +68,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """A layer, and how long it takes.
+
+    Attributes:
+        layer: of a compiled engine.
+        ms: mean over the calls that were profiled, in milliseconds; the profiler's own work is in it.
+    """
+
+    layer: Layer
+    ms: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the compiler did, read back from the built engine, never inferred from the options that were passed.
 
@@ -140,6 +153,13 @@ class Session(Protocol):
         """Free the engine; the session must not be used afterwards."""
 
 
+class Profiled(Session, Protocol):
+    """A loaded engine of a single graph, as targets open it."""
+
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
+        """Return what every layer takes in calls with these feeds, measured by the runtime itself."""
+
+
 class Target(Protocol):
     """A runtime and device family. Stateless: one object serves any number of engines.
 
@@ -186,7 +206,7 @@ class Target(Protocol):
             TargetError: with these options every graph holds weights of its own.
         """
 
-    def open(self, engine: Path, options: Any) -> Session:
+    def open(self, engine: Path, options: Any) -> Profiled:
         """Load what `compile` wrote: its folder, or one of the files that `join` wrote.
 
         Options that matter at run time (threads, precision) are honoured here.

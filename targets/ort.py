@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +17,11 @@ from targets.base import (
     Array,
     Capabilities,
     Evidence,
-    Layer,
+    Profiled,
     Session,
     TargetError,
     TensorSpec,
+    Timed,
     check_feeds,
     check_threads,
     graph_path,
@@ -32,6 +31,7 @@ from targets.base import (
 )
 from targets.joined import join_files
 from targets.ort_format import MODEL_FILE, write_ort
+from targets.ort_profile import executed, planned
 from targets.selfcontained import write_self_contained
 
 _INSTALL = "pip install 'diffusion-exporter'"
@@ -53,19 +53,6 @@ _DTYPES = {
     "uint8": "uint8",
     "bool": "bool",
 }
-_PRECISIONS = {
-    "float": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "double": "f64",
-    "int64": "i64",
-    "int32": "i32",
-    "int8": "i8",
-    "uint8": "u8",
-    "bool": "bool",
-}
-_CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
-_KERNEL_TIME = "_kernel_time"
 _ERRORS_ONLY = 3
 
 
@@ -161,7 +148,7 @@ class OnnxRuntime:
                 )
         join_files(parts, out, self.engine_file)
 
-    def open(self, engine: Path, options: OrtOptions) -> Session:
+    def open(self, engine: Path, options: OrtOptions) -> Profiled:
         """Load an engine folder, or one of the graphs that were joined in it."""
         self.check(options)
         return _OrtSession(graph_path(engine, options.engine_file), options)
@@ -213,12 +200,10 @@ class _OrtSession:
         with tempfile.TemporaryDirectory(prefix="exporter-evidence-") as folder:
             if unknown:
                 notes = [f"not run, since {', '.join(unknown)} has dynamic axes and no call said their size: no types"]
-                layers = (
-                    () if self._settings.format == "ort" else tuple(_planned(self._path, self._settings, Path(folder)))
-                )
+                layers = () if self._settings.format == "ort" else tuple(planned(_fresh(), self._opened, Path(folder)))
             else:
                 feeds = {spec.name: np.zeros(shapes[spec.name], dtype=np.dtype(spec.dtype)) for spec in self.inputs}
-                layers = tuple(_executed(self._path, self._settings, Path(folder), feeds))
+                layers = tuple(timed.layer for timed in self._run_profiled(feeds, Path(folder), calls=1))
         return Evidence(
             runtime=f"onnxruntime {_library().__version__}",
             device=_processor(),
@@ -227,9 +212,29 @@ class _OrtSession:
             notes=tuple(notes),
         )
 
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
+        """Return what every node took in some calls; as with `evidence`, in a session of its own."""
+        self._session = None
+        with tempfile.TemporaryDirectory(prefix="exporter-profile-") as folder:
+            return tuple(self._run_profiled(feeds, Path(folder), calls))
+
+    def _run_profiled(self, feeds: Mapping[str, Array], folder: Path, calls: int) -> list[Timed]:
+        written = self._settings.format == "onnx"
+        try:
+            return executed(_fresh(), self._opened, feeds, folder, written=written, calls=calls)
+        except _errors() as error:
+            raise TargetError(f"{_PLACE}: {self._path}: failed while it was profiled: {error}") from error
+
+    def _opened(self, settings: Any) -> Any:
+        return _session(self._path, self._settings, settings)
+
     def close(self) -> None:
         """Free the session."""
         self._session, self._closed = None, True
+
+
+def _fresh() -> Any:
+    return _library().SessionOptions()
 
 
 def _library() -> Any:
@@ -329,66 +334,6 @@ def _external_files(source: Path) -> list[str]:
         if not (source.parent / name).is_file():
             raise TargetError(f"{_PLACE}: {source}: its external data is missing; expected {name!r} beside it.")
     return sorted(found)
-
-
-def _optimised_nodes(path: Path) -> dict[str, Any]:
-    import onnx
-
-    return {node.name: node for node in onnx.load(str(path), load_external_data=False).graph.node}
-
-
-def _recording_settings(folder: Path) -> Any:
-    """Return session options that write the optimised graph into `folder`; its weights, which nobody reads, nowhere."""
-    settings = _library().SessionOptions()
-    if os.name == "posix":
-        (folder / "optimised.data").symlink_to(os.devnull)
-    settings.optimized_model_filepath = str(folder / "optimised.onnx")
-    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
-    return settings
-
-
-def _planned(path: Path, options: OrtOptions, folder: Path) -> Iterator[Layer]:
-    _session(path, options, _recording_settings(folder))
-    for node in _optimised_nodes(folder / "optimised.onnx").values():
-        yield Layer(node.name, node.op_type, "unknown", _kernel(node), _PROVIDER)
-
-
-def _executed(path: Path, options: OrtOptions, folder: Path, feeds: Mapping[str, Array]) -> Iterator[Layer]:
-    # A graph in the runtime's own format is as optimised as it will be and is not written as ONNX: no kernels to read.
-    written = options.format == "onnx"
-    settings = _recording_settings(folder) if written else _library().SessionOptions()
-    settings.enable_profiling = True
-    settings.profile_file_prefix = str(folder / "profile")
-    session = _session(path, options, settings)
-    try:
-        session.run(None, dict(feeds))
-    except _errors() as error:
-        raise TargetError(f"{_PLACE}: {path}: failed on zeros: {error}") from error
-    profile = Path(session.end_profiling())
-    nodes = _optimised_nodes(folder / "optimised.onnx") if written else {}
-    for event in json.loads(profile.read_text(encoding="utf-8")):
-        arguments = event.get("args", {})
-        if event.get("cat") != "Node" or "provider" not in arguments:
-            continue
-        name = event["name"].removesuffix(_KERNEL_TIME)
-        kernel = _kernel(nodes[name]) if name in nodes else ""
-        yield Layer(name, arguments["op_name"], _precision(arguments), kernel, arguments["provider"])
-
-
-def _kernel(node: Any) -> str:
-    """Return the operator with its domain: ``com.microsoft`` marks the runtime's own fused kernels."""
-    return f"{node.domain or 'ai.onnx'}.{node.op_type}"
-
-
-def _precision(arguments: Mapping[str, Any]) -> str:
-    """Return the type a kernel works in: an integer kernel is one that reads 8-bit values, converters apart."""
-    reads = [kind for entry in arguments.get("input_type_shape", []) for kind in entry]
-    writes = [kind for entry in arguments.get("output_type_shape", []) for kind in entry]
-    narrow = [kind for kind in reads if kind in ("int8", "uint8")]
-    if narrow and arguments["op_name"] not in _CONVERTERS:
-        return _PRECISIONS[narrow[0]]
-    kind = next(iter(writes or reads), "unknown")
-    return _PRECISIONS.get(kind, kind)
 
 
 def _processor() -> str:
