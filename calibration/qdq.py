@@ -28,6 +28,8 @@ SCHEMES: Mapping[str, str] = {
     INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
     INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
 }
+BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
+"""Of a weight."""
 _INT4_OPSET = 21
 _HALF = {INT8: 127, INT8_WEIGHTS: 127, INT4_WEIGHTS: 7}
 """Largest code; the smallest is its negative, so that there is no zero-point and zero stays zero."""
@@ -79,6 +81,20 @@ def write_quantized(
     Raises:
         CalibrationError: the fit is missing, or is of another graph; a weight is not finite.
     """
+    model, told = quantized(source, schemes, fit, manner)
+    values = (value.const_value for value in model.graph.initializers.values())
+    size = sum(value.nbytes for value in values if value is not None)
+    ir.save(model, out / "model.onnx", external_data=DATA_FILE, size_threshold_bytes=_INLINE)
+    return Written(told, size)
+
+
+def quantized(
+    source: Path, schemes: Mapping[str, str], fit: Fit | None, manner: Manner | None = None
+) -> tuple[ir.Model, dict[str, str]]:
+    """Return a graph with some sites quantized, its other weights still where they were, and site -> scheme.
+
+    Args, Raises: as `write_quantized`.
+    """
     model = ir.load(source)
     graph, sites = model.graph, sites_of(model.graph)
     writer = _Writer(graph, fit, manner or Manner())
@@ -89,9 +105,7 @@ def write_quantized(
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
     graph.sort()
-    size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    ir.save(model, out / "model.onnx", external_data=DATA_FILE, size_threshold_bytes=_INLINE)
-    return Written(told, size)
+    return model, told
 
 
 class _Writer:

@@ -146,7 +146,8 @@ def _carry_out(run: _Run) -> None:
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
     shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
-    lab = Lab(run.recipe, run.out, run.progress, run.memo, _stopwatch(run, dense, shop))
+    column = next((column for column in run.plan.columns if column.target.capabilities().runs), None)
+    lab = Lab(run.recipe, run.out, run.progress, run.memo, _stopwatch(run, column, dense, shop), column)
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
     parent = dense
     for name in run.plan.states:
@@ -176,9 +177,8 @@ def _carry_out(run: _Run) -> None:
         note_finished(run.out, run.plan.key)
 
 
-def _stopwatch(run: _Run, dense: Artifact, shop: Workshop) -> Stopwatch | str:
+def _stopwatch(run: _Run, column: Column | None, dense: Artifact, shop: Workshop) -> Stopwatch | str:
     """Return what methods that cut by time ask: it does nothing, and costs nothing, until then."""
-    column = next((column for column in run.plan.columns if column.target.capabilities().runs), None)
     if column is None:
         return "no target of the recipe can be used here"
     part = next(part for part in components_of(dense.path) if part.role == "denoiser")

@@ -22,6 +22,7 @@ from exporter.artifact import Artifact, digest_of, link_file, link_tree, reusabl
 from exporter.dense import fill_dense
 from exporter.errors import RecipeError
 from exporter.loan import DenseLoan
+from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.networks.components import Component
 from exporter.networks.cuts import levels_of
@@ -71,6 +72,7 @@ class Lab:
         progress: what long work reports to.
         memo: what is known of files.
         stopwatch: of the first usable target, or why there is none.
+        column: that target.
     """
 
     recipe: Recipe
@@ -78,6 +80,7 @@ class Lab:
     progress: Progress
     memo: FileMemo
     stopwatch: Stopwatch | str = "no target of the recipe can be used here"
+    column: Column | None = None
 
     @property
     def shelf(self) -> Shelf:
@@ -144,6 +147,8 @@ def make_state(index: int, parent: Artifact, dense: Artifact, final: Path, lab: 
     if stage.kind == "quantize":
         plan = read_plan(Path(options.plan)) if options.plan else None
         recipe_part |= {"plan": plan, "rounds_results": _rounds_results(lab.recipe)}
+        if options.limit_db is not None and lab.column is not None:
+            recipe_part |= {"target": lab.stopwatch if isinstance(lab.stopwatch, str) else lab.stopwatch.digest}
     by_latency = getattr(options, "budget", "") == "latency" or getattr(options, "latency", None) is not None
     if by_latency and not isinstance(lab.stopwatch, str):
         recipe_part |= {"target": lab.stopwatch.digest}
@@ -234,7 +239,7 @@ def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
         link_file(path, out / path.name)
     export = export_options(job.lab.recipe, job.dense.path)
     digest, rounds = job.parent.part_digest(component.folder), _rounds_results(job.lab.recipe)
-    subject = Subject(component, folder, digest, export, rounds, job.workdir)
+    subject = Subject(component, folder, digest, export, rounds, job.lab.column, job.workdir)
     return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from exporter.errors import ArtifactError
 from exporter.networks.weights import read_object
 
-QUANTIZATION, FIT = "quantization.json", "quantization.safetensors"
-"""Files of a component's folder."""
-FILES = (QUANTIZATION, FIT)
+QUANTIZATION, FIT, TABLE = "quantization.json", "quantization.safetensors", "quantization.txt"
+"""Files of a component's folder; the last one is the plan as a table, for people."""
+FILES = (QUANTIZATION, FIT, TABLE)
 _FORMAT = 1
 
 

@@ -45,6 +45,9 @@ class QuantizeOptions:
         group_size: inputs of a linear layer that share a scale of 4 bits.
         results: of convolutions: ``int8`` rounds them too, which ONNX Runtime's and TensorRT's integer kernels need,
             ``float`` does not, which is more exact; ``auto`` does it where a target of the recipe needs it.
+        limit_db: where it is given, the plan is made by measurement: the one that saves most of all whose answers to
+            recorded calls keep this PSNR to the float network's, the worst call's.
+        objective: what it saves: time on the recipe's first target, or bytes.
         plan: a file that says the scheme of some units: one a line, its module path and the scheme.
     """
 
@@ -54,6 +57,8 @@ class QuantizeOptions:
     smoothness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
     group_size: int = field(default=64, metadata={"minimum": 1})
     results: Literal["auto", "float", "int8"] = "auto"
+    limit_db: float | None = None
+    objective: Literal["latency", "bytes"] = "latency"
     plan: str | None = None
 
     def __post_init__(self) -> None:

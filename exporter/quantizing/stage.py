@@ -11,23 +11,29 @@ import onnx_ir as ir
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit
-from calibration.qdq import FLOAT, INT8
+from calibration.qdq import INT8, Manner
 from calibration.recording import Recording
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen
-from exporter.errors import ComponentFailed, ToolMissing
+from exporter.errors import ComponentFailed, RecipeError, ToolMissing
 from exporter.loan import DenseLoan
+from exporter.lowering.engine import Column
 from exporter.lowering.feeds import denoiser_call, recorded_calls
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.quantized import write_float_graph
 from exporter.networks.components import Component
-from exporter.networks.quantization import FIT, Quantization, write_quantization
+from exporter.networks.quantization import FIT, TABLE, Quantization, write_quantization
 from exporter.progress import task
 from exporter.quantizing.options import QuantizeOptions
-from exporter.quantizing.plan import check_units, read_plan, schemes_of
+from exporter.quantizing.plan import check_units, plan_text, read_plan, schemes_of
+from exporter.quantizing.planning import Planned, Planner
+from exporter.quantizing.trial import Trial
 from exporter.states import config_of
 from targets.base import TargetError, TargetMissing
+
+_TRIED = 4
+"""Calls that plans are tried on."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Subject:
         digest: of that folder.
         export: shapes and opset; the length of texts follows from the recording.
         rounds_results: whether a target has integer kernels only for convolutions whose results are rounded.
+        column: the target that plans are made for; None where none runs here.
         workdir: keeps what is done, so that an interrupted stage goes on.
     """
 
@@ -48,6 +55,7 @@ class Subject:
     digest: str
     export: ExportOptions
     rounds_results: bool
+    column: Column | None
     workdir: Path
 
 
@@ -59,21 +67,58 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
         ComponentFailed: a range cannot be fitted.
     """
     calibration = options.calibration
-    plan = {"": options.scheme, **(read_plan(Path(options.plan)) if options.plan else {})}
+    given = read_plan(Path(options.plan)) if options.plan else {}
     recording = loan.recording(calibration.prompts, calibration.samples)
     graph = _float_graph(subject, recording)
     names = list(sites_of(ir.load(graph).graph))
-    check_units(plan, names, options.plan or "quantize.plan")
-    schemes = schemes_of(plan, names)
-    facts: dict[str, Any] = {"scheme": options.scheme, "plan": {unit or "*": scheme for unit, scheme in plan.items()}}
-    if INT8 in schemes.values():
+    check_units(given, names, options.plan or "quantize.plan")
+    results = options.results == "int8" or (options.results == "auto" and subject.rounds_results)
+    manner = Manner(options.group_size, results)
+    facts: dict[str, Any] = {"scheme": options.scheme}
+    found = None
+    if INT8 in (options.scheme, *given.values()):
         found = _fitted(subject, graph, recording, options, loan)
         found.save(out / FIT)
         facts["fit"] = dict(found.facts)
-    results = options.results == "int8" or (options.results == "auto" and subject.rounds_results)
+    plan: dict[str, str] = {"": options.scheme}
+    if options.limit_db is not None:
+        calls, guidance = _asked(subject, recording, options, loan)
+        planned = _planned(subject, Trial(graph, found, manner, calls, guidance), options, loan)
+        plan, facts = planned.plan, facts | {"search": planned.facts}
+        (out / TABLE).write_text(planned.text, encoding="utf-8")
+    plan |= given
+    if options.limit_db is None:
+        (out / TABLE).write_text(plan_text(plan), encoding="utf-8")
     write_quantization(out, Quantization(plan, options.group_size, results, recording.digest))
-    counts = {scheme: list(schemes.values()).count(scheme) for scheme in dict.fromkeys(schemes.values())}
-    return {**facts, "layers": counts, "left_in_float": counts.get(FLOAT, 0), "recording": recording.digest}
+    schemes = list(schemes_of(plan, names).values())
+    counts = {scheme: schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
+    return {**facts, "layers": counts, "recording": recording.digest}
+
+
+def _asked(
+    subject: Subject, recording: Recording, options: QuantizeOptions, loan: DenseLoan
+) -> tuple[list[Feeds], float | None]:
+    """Return the calls that plans are tried on, first and last step among them, and the guidance that joins rows."""
+    if subject.component.role != "denoiser":
+        raise RecipeError(
+            f"quantize.limit_db: got {options.limit_db:g} for {subject.component.name}, expected it for the denoiser: "
+            "plans are made by its answers. Leave it out, or write a plan."
+        )
+    config = config_of(subject.folder)
+    steps = chosen(recording, "uniform", _TRIED, loan.batch, loan.seed)
+    feeds: list[Feeds] = [denoiser_call(subject.component, config, recording, step, rows).feeds for step, rows in steps]
+    return feeds, recording.guidance if recording.index.guided else None
+
+
+def _planned(subject: Subject, trial: Trial, options: QuantizeOptions, loan: DenseLoan) -> Planned:
+    column = None if options.objective == "bytes" else subject.column
+    if column is None and options.objective == "latency":
+        raise RecipeError(
+            "quantize.limit_db: got no target of the recipe that runs here, expected one to take times on. Write "
+            "objective: bytes, or a plan."
+        )
+    assert options.limit_db is not None
+    return Planner(trial, options.scheme, column, subject.workdir, loan.progress).plan(options.limit_db)
 
 
 def _float_graph(subject: Subject, recording: Recording) -> Path:
