@@ -18,18 +18,10 @@ from numpy.typing import NDArray
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
+from calibration.schemes import FLOAT, INT4_WEIGHTS, INT8, INT8_WEIGHTS
 from calibration.sites import Site, sites_of
 from calibration.statistics import Floats, Observed, observed_of, smoothed
 
-FLOAT, INT8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "int8-weights", "int4-weights"
-SCHEMES: Mapping[str, str] = {
-    FLOAT: "as it is",
-    INT8: "weights and activations in 8 bits",
-    INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
-    INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
-}
-BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
-"""Of a weight."""
 _INT4_OPSET = 21
 _HALF = {INT8: 127, INT8_WEIGHTS: 127, INT4_WEIGHTS: 7}
 """Largest code; the smallest is its negative, so that there is no zero-point and zero stays zero."""

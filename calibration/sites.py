@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,18 +112,3 @@ def _is_constant(value: ir.Value | None) -> bool:
         or value.is_initializer()
         or ((producer := value.producer()) is not None and producer.op_type == "Constant")
     )
-
-
-def unit_of(name: str, units: Mapping[str, object]) -> str | None:
-    """Return the longest of some module paths that a site's name is or begins with; None where there is none.
-
-    Args:
-        name: of a site.
-        units: by path; the empty path holds everything.
-    """
-    path = name
-    while path not in units:
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-    return path

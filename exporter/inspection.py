@@ -13,9 +13,11 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import targets
+from calibration.schemes import SCHEMES
 from exporter.artifact import MANIFEST, Artifact, open_artifact
 from exporter.errors import ArtifactError, RecipeError
 from exporter.pruners import PRUNERS, pruner
+from exporter.quantizing.options import QuantizeOptions
 from exporter.recipe import Recipe
 from exporter.report.formatting import count, plural, printable, quantity
 from exporter.tuning import TUNERS, tuner
@@ -78,7 +80,13 @@ def method_rows() -> list[dict[str, Any]]:
             kinds = get_type_hints(cls.options)
             options = ", ".join(_option(field, kinds[field.name]) for field in dataclasses.fields(cls.options))
             rows.append({"stage": stage, "method": name, "summary": summary, "options": options})
-    return rows
+    kinds = get_type_hints(QuantizeOptions)
+    own = [field for field in dataclasses.fields(QuantizeOptions) if field.name != "scheme"]
+    options = ", ".join(_option(field, kinds[field.name]) for field in own)
+    schemes = {name: f"{SCHEMES[name]}." for name in get_args(kinds["scheme"])}
+    return rows + [
+        {"stage": "quantize", "method": name, "summary": text, "options": options} for name, text in schemes.items()
+    ]
 
 
 def method_options(name: str) -> dict[str, Any]:
@@ -87,7 +95,10 @@ def method_options(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such method.
     """
-    known = PRUNERS | TUNERS
+    schemes = get_args(get_type_hints(QuantizeOptions)["scheme"])
+    if name in schemes:
+        return {"method": name, "text": f"{SCHEMES[name]}.", "options": options_schema(QuantizeOptions)}
+    known = [*PRUNERS, *TUNERS, *schemes]
     if name not in known:
         raise RecipeError(f"pruners: got '{name}', expected {one_of(known)}.{hint(name, known)}")
     cls = pruner(name) if name in PRUNERS else tuner(name)
@@ -135,6 +146,7 @@ def schema_of(kind: str) -> dict[str, Any]:
             options["required"] = ["method", *options.get("required", [])]
             choices.append(options)
         definitions["StageSpec"]["properties"][stage] = {"oneOf": choices}
+    definitions["StageSpec"]["properties"]["quantize"] = options_schema(QuantizeOptions)
     variants = []
     for name in targets.TARGETS:
         options = options_schema(targets.target(name).options)

@@ -23,6 +23,8 @@ from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
 from exporter.pruners.matrix import SCHEDULES, refusal
+from exporter.quantizing.checks import check_order, check_schemes
+from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
@@ -35,7 +37,7 @@ from targets.base import TargetError, TargetMissing
 
 if TYPE_CHECKING:
     from exporter.forecast import Forecast
-_UNTIL_KINDS = ("prune", "tune", "export", "compile", "measure")
+_UNTIL_KINDS = ("prune", "tune", "quantize", "export", "compile", "measure")
 
 
 @dataclass(frozen=True)
@@ -202,18 +204,24 @@ def _prompts(recipe: Recipe) -> tuple[str, ...]:
 
 def _check_data(recipe: Recipe, index: int, options: Any) -> None:
     """Refuse prompts of a stage that are not there, or are too few, before the run reaches it."""
+    place = f"stages[{index}].{recipe.stages[index].kind}"
+    if isinstance(options, QuantizeOptions):
+        kinds = {name: spec.type for name, spec in recipe.targets.items()}
+        offered = {kind: targets.target(kind).schemes for kind in kinds.values() if kind in targets.TARGETS}
+        check_schemes(options, place, offered, kinds)
+        options, place = options.calibration, f"{place}.calibration"
     named = getattr(options, "prompts", None)
     if named is None:
         return
-    place = f"stages[{index}].{recipe.stages[index].kind}"
     try:
         known = len(prompt_set(named).prompts)
     except RecipeError as error:
         raise RecipeError(f"{place}.prompts: {error}") from error
     wanted = getattr(options, "least_prompts", 1)
     if known < wanted:
-        got = f"{place}.images: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
-        raise RecipeError(f"{got} Lower images or give more prompts.")
+        key = "samples" if isinstance(options, CalibrationOptions) else "images"
+        got = f"{place}.{key}: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
+        raise RecipeError(f"{got} Lower {key} or give more prompts.")
 
 
 def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[str, ...], found: Findings) -> None:
@@ -363,6 +371,7 @@ def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
             f"stages[{scheduled[1]}].prune.method: got {second} after {first} in stages[{scheduled[0]}], expected one "
             "schedule of steps. Remove one of them."
         )
+    check_order(recipe.stages)
     for index, stage in enumerate(recipe.stages):
         if stage.kind == "tune" and not family(facts.pipeline_class).distills:
             raise RecipeError(

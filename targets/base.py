@@ -167,12 +167,14 @@ class Target(Protocol):
         type: the name recipes use.
         options: the frozen dataclass of this target's options; its fields are the recipe's keys.
         engine_file: name of the file that the loaders of the runtime's own ecosystem expect in a component folder.
+        schemes: of quantization, whose graphs it runs.
         rounds_results: whether it computes convolutions in integers only where their results are rounded to 8 bits too.
     """
 
     type: str
     options: OptionsClass
     engine_file: str
+    schemes: tuple[str, ...]
     rounds_results: bool
 
     def capabilities(self) -> Capabilities:

@@ -10,7 +10,8 @@ from typing import Any
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.qdq import Manner, write_quantized
-from calibration.sites import sites_of, unit_of
+from calibration.schemes import unit_of
+from calibration.sites import sites_of
 from exporter.errors import ComponentFailed
 from exporter.lowering.options import ExportOptions
 from exporter.networks.components import Component

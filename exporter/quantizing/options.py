@@ -31,6 +31,11 @@ class CalibrationOptions:
     calls: int = field(default=16, metadata={"minimum": 1})
     timesteps: Literal["uniform", "stratified", "informative"] = "stratified"
 
+    @property
+    def least_prompts(self) -> int:
+        """How many prompts there have to be."""
+        return self.samples
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from calibration.qdq import SCHEMES
-from calibration.sites import unit_of
+from calibration.schemes import SCHEMES, unit_of
 from exporter.errors import RecipeError
 from exporter.validation import hint, one_of
 

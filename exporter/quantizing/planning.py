@@ -13,7 +13,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibration.qdq import BITS, FLOAT, write_quantized
+from calibration.qdq import write_quantized
+from calibration.schemes import BITS, FLOAT
 from calibration.sites import Site, sites_of
 from exporter.artifact import digest_of
 from exporter.errors import RecipeError

@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit
-from calibration.qdq import INT8, Manner
+from calibration.qdq import Manner
 from calibration.recording import Recording
+from calibration.schemes import INT8
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen

@@ -14,7 +14,8 @@ from torch import nn
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit
 from calibration.qdq import Manner, write_quantized
-from calibration.sites import sites_of, unit_of
+from calibration.schemes import unit_of
+from calibration.sites import sites_of
 from calibration.statistics import Study, reach
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.quantized import write_float_graph

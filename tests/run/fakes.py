@@ -21,6 +21,8 @@ class Missing:
     type = "missing"
     options = NoOptions
     engine_file = "model.onnx"
+    schemes = ()
+    rounds_results = False
 
     def capabilities(self) -> Capabilities:
         """Say so."""

@@ -1,0 +1,30 @@
+"""What a layer can become, and which layer becomes what: words and arithmetic on names, quick to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+FLOAT, INT8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "int8-weights", "int4-weights"
+SCHEMES: Mapping[str, str] = {
+    FLOAT: "as it is",
+    INT8: "weights and activations in 8 bits",
+    INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
+    INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
+}
+BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
+"""Of a weight."""
+
+
+def unit_of(name: str, units: Mapping[str, object]) -> str | None:
+    """Return the longest of some module paths that a site's name is or begins with; None where there is none.
+
+    Args:
+        name: of a site.
+        units: by path; the empty path holds everything.
+    """
+    path = name
+    while path not in units:
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+    return path

@@ -1,0 +1,67 @@
+"""What of stages that quantize can be refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from calibration.schemes import FLOAT
+from exporter.errors import RecipeError
+from exporter.pruners.matrix import SCHEDULES
+from exporter.quantizing.options import QuantizeOptions
+from exporter.quantizing.plan import read_plan
+from exporter.recipe import StageSpec
+from exporter.validation import one_of
+
+_DENOISERS = ("denoiser", "unet", "transformer")
+
+
+def check_order(stages: Sequence[StageSpec]) -> None:
+    """Refuse what cannot stand before or after quantization.
+
+    Raises:
+        RecipeError: weights that change, or a schedule of steps, beside a quantized network.
+    """
+    done: dict[str, int] = {}
+    for index, stage in enumerate(stages):
+        name = str(stage.options.get("component", "denoiser"))
+        part = "the denoiser" if name in _DENOISERS else name
+        if part in done:
+            word = stage.kind if stage.kind != "quantize" else "another quantize"
+            raise RecipeError(
+                f"stages[{index}].{stage.kind}: got {word} after {part} was quantized in stages[{done[part]}], "
+                "expected quantization last: its ranges are those of the weights it saw. Move it behind."
+            )
+        if stage.kind == "quantize":
+            done[part] = index
+            before = [other for other in stages[:index] if other.method in SCHEDULES and other.kind == "prune"]
+            if before and part == "the denoiser":
+                raise RecipeError(
+                    f"stages[{index}].quantize: got a denoiser with a schedule of steps ({before[0].method}), whose "
+                    "graphs share their weights in float; expected one graph. Remove one of the two stages."
+                )
+
+
+def check_schemes(
+    options: QuantizeOptions, place: str, offered: Mapping[str, Collection[str]], targets: Mapping[str, str]
+) -> None:
+    """Refuse a scheme that a target of the recipe does not run, also one in a plan.
+
+    Args:
+        options: of the stage.
+        place: key path for the message.
+        offered: target type -> schemes.
+        targets: the recipe's name of a target -> its type.
+
+    Raises:
+        RecipeError: naming what the target can.
+    """
+    plan = read_plan(Path(options.plan)) if options.plan else {}
+    for scheme in dict.fromkeys([options.scheme, *plan.values()]):
+        for name, kind in targets.items():
+            if scheme != FLOAT and kind in offered and scheme not in offered[kind]:
+                can = one_of(offered[kind]) if offered[kind] else "no quantized graphs"
+                raise RecipeError(
+                    f"{place}.scheme: target {name} ({kind}) does not run {scheme}; got '{scheme}', expected {can}. "
+                    "Choose one of these, or leave the target out."
+                )
