@@ -1,0 +1,210 @@
+"""A recipe that quantizes: what its state holds, what its engines answer, what the report says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+
+from calibration.fitting import Fit
+from calibration.qdq import Manner
+from exporter.errors import RecipeError
+from exporter.lowering.options import ExportOptions
+from exporter.lowering.quantized import write_float_graph
+from exporter.networks.quantization import FIT, QUANTIZATION, TABLE, read_quantization
+from exporter.quantizing.plan import read_plan
+from exporter.quantizing.trial import Trial, sensitivities
+from exporter.recipe import read_recipe
+from exporter.report.record import RunRecord
+from exporter.report.text import render_text
+from exporter.run import run_recipe
+from exporter.states import components_of
+
+if TYPE_CHECKING:
+    from exporter.loan import DenseLoan
+
+pytestmark = pytest.mark.slow
+
+
+def recipe_of(folder: Path, source: Path, stages: list[dict[str, Any]], **extra: Any) -> Path:
+    (folder / "prompts.txt").write_text("a cat\na dog\na hat\na car\n")
+    prompts = str(folder / "prompts.txt")
+    for stage in stages:
+        if "quantize" in stage:
+            stage["quantize"].setdefault("calibration", {"prompts": prompts, "samples": 2, "calls": 3})
+    content = {
+        "name": "rounded",
+        "source": {"path": str(source)},
+        "sampling": {"scheduler": "ddim", "steps": 3, "guidance": 3.0, "size": 64, "batch": 2},
+        "stages": stages,
+        "targets": {"ov": {"type": "openvino"}, "ort": {"type": "onnxruntime"}},
+        "measure": {"prompts": prompts, "images": 2, "calls": 2, "latency_seconds": 0.5},
+        **extra,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+    """Half of the weights zero in twos of four, then 8 bits; one block by hand stays in float."""
+    folder = tmp_path_factory.mktemp("rounded")
+    (folder / "plan.txt").write_text("mid_block float\nconv_in float\n")
+    stages = [
+        {"prune": {"method": "magnitude", "cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}},
+        {"quantize": {"scheme": "int8", "plan": str(folder / "plan.txt")}},
+    ]
+    out = folder / "out"
+    return run_recipe(read_recipe(recipe_of(folder, tiny_pipeline_folder, stages)), out), out
+
+
+def found(record: RunRecord, metric: str, target: str, state: str = "2-quantized") -> float:
+    cell = next(cell for cell in record.cells if (cell.state, cell.target) == (state, target))
+    assert cell.status == "ok", cell.error
+    item = next(item for item in cell.measurements if item.name == metric and item.component in ("unet", None))
+    assert item.value is not None
+    return item.value
+
+
+def test_the_state_holds_its_parents_weights_and_how_they_are_rounded(run):
+    record, out = run
+    before, after = (out / "states" / name / "unet" for name in ("1-pruned", "2-quantized"))
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (before / weights).stat().st_ino == (after / weights).stat().st_ino
+    told = read_quantization(after)
+    assert told is not None
+    assert dict(told.plan) == {"": "int8", "mid_block": "float", "conv_in": "float"}
+    assert told.results  # for ONNX Runtime's kernels
+    assert read_plan(after / TABLE) == dict(told.plan)
+    facts = record.states[2].facts
+    assert facts["layers"]["float"] > 10
+    assert facts["layers"]["int8"] > 50
+
+
+@pytest.mark.parametrize("target", ["ov", "ort"])
+def test_engines_answer_as_their_graph_says_and_near_dense(run, target):
+    record, _ = run
+    assert found(record, "lowering.psnr_db", target) > 25
+    pruned = found(record, "fidelity.teacher_forced.psnr_db", target, "1-pruned")
+    assert found(record, "fidelity.teacher_forced.psnr_db", target) > min(pruned, 40) - 3
+
+
+def test_an_engine_is_timed_against_itself_in_float(run):
+    record, _ = run
+    for target in ("ov", "ort"):
+        assert found(record, "latency.over_float", target) > 0
+    slower = [item for cell in record.cells for item in cell.measurements if item.name == "latency.over_float"]
+    assert len(slower) == 2
+    assert {item.target: item.ratio.to for item in slower if item.ratio}["ort"] == "the same in f32"
+    text = render_text(record)
+    for item in slower:
+        assert item.high is not None
+        assert (f"2-quantized on {item.target}: unet: no faster quantized" in " ".join(text.split())) == (
+            item.high >= 1
+        )
+
+
+def test_the_plan_is_what_ran(run):
+    record, _ = run
+    cell = next(cell for cell in record.cells if (cell.state, cell.target) == ("2-quantized", "ov"))
+    layers = cell.evidence["unet"]["layers"]
+    convolutions = {
+        layer["name"].partition("/")[0]: layer["precision"] for layer in layers if layer["type"] == "Convolution"
+    }
+    assert convolutions["mid_block.resnets.0.conv1"] == "f32"
+    assert convolutions["conv_in"] == "f32"
+    assert convolutions["up_blocks.0.resnets.0.conv1"] in ("i8", "u8")
+
+
+def test_zeros_survive_the_integers(run):
+    _, out = run
+    manifests = [json.loads(path.read_text()) for path in out.glob("lowered/onnx-unet-*/manifest.json")]
+    rounded = next(manifest["facts"] for manifest in manifests if "quantized" in manifest["facts"])
+    assert rounded["zeros"]["layers"] > 30
+    assert rounded["quantized"]["layers"]["int8"] > 50
+
+
+def test_a_second_run_does_nothing_again(run):
+    record, out = run
+    before = {path: path.stat().st_mtime_ns for path in out.glob("lowered/*/manifest.json")}
+    again = run_recipe(read_recipe(out.parent / "recipe.yaml"), out)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("lowered/*/manifest.json")} == before
+    assert all(cell.reused for cell in again.cells)
+    assert again.exit_code == record.exit_code
+
+
+def test_a_unit_that_is_not_there_stops_the_stage(run, tiny_pipeline_folder, tmp_path):
+    _, out = run
+    shutil.copytree(out / "states" / "0-dense", tmp_path / "out" / "states" / "0-dense")
+    (tmp_path / "plan.txt").write_text("mid_blok int8\n")
+    stages = [{"quantize": {"scheme": "int8-weights", "plan": str(tmp_path / "plan.txt")}}]
+    recipe = read_recipe(
+        recipe_of(
+            tmp_path,
+            tiny_pipeline_folder,
+            stages,
+            measure={
+                "prompts": str(tmp_path / "prompts.txt"),
+                "images": 2,
+                "states": ["1-quantized"],
+            },
+        )
+    )
+    with pytest.raises(RecipeError, match=r"mid_blok: no such unit; .* Did you mean 'mid_block'\?"):
+        run_recipe(recipe, tmp_path / "out")
+
+
+def test_a_plan_made_by_measurement_keeps_to_its_limit(tiny_pipeline_folder, tmp_path):
+    stages = [{"quantize": {"scheme": "int8-weights", "limit_db": 55, "objective": "bytes"}}]
+    record = run_recipe(read_recipe(recipe_of(tmp_path, tiny_pipeline_folder, stages)), tmp_path / "out")
+    told = record.states[1].facts["search"]
+    assert told["worst_db"] >= 55
+    assert 0 < told["quantized_units"] < told["units"]
+    table = read_plan(tmp_path / "out" / "states" / "1-quantized" / "unet" / TABLE)
+    assert sum(scheme == "int8-weights" for scheme in table.values()) == told["quantized_units"]
+    assert table[""] == "float"
+    left = [row["alone_db"] for row in told["table"] if row["scheme"] == "float" and row["float_bytes"]]
+    assert min(left) <= min(row["alone_db"] for row in told["table"] if row["scheme"] != "float")
+
+
+def test_a_layer_whose_scale_is_off_stands_out_in_the_table(tiny_loan: DenseLoan, run, tmp_path):
+    _, out = run
+    state = out / "states" / "2-quantized"
+    component = next(part for part in components_of(state) if part.role == "denoiser")
+    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
+    graph = write_float_graph(component, state / "unet", "0" * 64, tmp_path / "graph", shapes)
+    fit = Fit.load(state / "unet" / FIT)
+    draw = np.random.default_rng(3).standard_normal
+    call = {
+        "sample": draw((2, 4, 8, 8)).astype(np.float32),
+        "timestep": np.array(501.0, np.float32),
+        "encoder_hidden_states": draw((2, 32, 32)).astype(np.float32),
+    }
+    layers = [f"up_blocks.1.resnets.{index}.{name}" for index in range(3) for name in ("conv1", "conv2")]
+
+    def worst_first(scales: Mapping[str, float]) -> list[str]:
+        trial = Trial(graph, dataclasses.replace(fit, scales=scales), Manner(), [call], None)
+        errors = sensitivities(trial, {name: (name,) for name in layers}, "int8", lambda name, find: find())
+        return sorted(layers, key=lambda name: -errors[name][0])
+
+    bad = worst_first(fit.scales)[2]
+    assert worst_first({**fit.scales, f"{bad}#0": 8 * fit.scales[f"{bad}#0"]})[0] == bad
+
+
+def test_a_quantization_that_was_tampered_with_is_refused(run, tmp_path):
+    _, out = run
+    folder = tmp_path / "unet"
+    shutil.copytree(out / "states" / "2-quantized" / "unet", folder)
+    (folder / QUANTIZATION).write_text(json.dumps({"format": 1, "plan": {"": 8}}))
+    from exporter.errors import ArtifactError
+
+    with pytest.raises(ArtifactError, match=r"quantization\.json: not a quantization of format 1"):
+        read_quantization(folder)
