@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calibration.schemes import FLOAT
 from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
 from exporter.loops import loop_of_calls, scheduled_latency
-from exporter.lowering.engine import Quantized
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
+from exporter.lowering.rivals import Quantized
 from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
     Answer,
@@ -54,6 +55,8 @@ from targets.ort import OnnxRuntime
 
 Array = NDArray[Any]
 Ask = Callable[[Mapping[str, Array]], dict[str, Array]]
+_COSTLY = 3
+"""Units of a quantized state that are named."""
 
 
 def measure_cell(
@@ -139,10 +142,19 @@ def _answers(
         found += lowering(_own_answers(state, component, bench, quantized), got, here)
         reference = _dense_reference(component, bench)
         if isinstance(got, Answers) and isinstance(reference, Answers):
-            found.append(teacher_forced(reference, got, here))
+            found.append(_with_units(teacher_forced(reference, got, here), state, component))
         else:
             found.append(component_fidelity(np.asarray(reference), np.asarray(got), here))
     return found
+
+
+def _with_units(found: Measurement, state: Artifact, component: Component) -> Measurement:
+    """Return a measurement of a quantized state with the units that cost most, where its stage has looked at each."""
+    facts = state.manifest.facts["facts"]
+    table = facts.get("search", {}).get("table", []) if facts.get("component") == component.name else []
+    costly = sorted((row for row in table if row["scheme"] != FLOAT), key=lambda row: row["alone_db"])[:_COSTLY]
+    told = [{"unit": row["unit"], "alone_db": row["alone_db"]} for row in costly]
+    return found.model_copy(update={"detail": {**found.detail, "most_costly": told}}) if told else found
 
 
 def _dense_reference(component: Component, bench: Bench) -> Answers | Array:

@@ -23,7 +23,7 @@ from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
 from exporter.pruners.matrix import SCHEDULES, refusal
-from exporter.quantizing.checks import check_order, check_schemes
+from exporter.quantizing.checks import check_order, check_schemes, speed_gates
 from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
@@ -304,12 +304,13 @@ def _column(name: str, spec: TargetSpec) -> Column:
 
 
 def parse_gates(recipe: Recipe) -> list[Gate]:
-    """Return the recipe's gates.
+    """Return the recipe's gates, and those that stages imply.
 
     Raises:
         RecipeError: an unknown metric, or a limit that cannot be read.
     """
-    return [_gate(index, gate) for index, gate in enumerate(recipe.gates)]
+    implied = speed_gates(dict(zip(recipe.state_ids[1:], recipe.stages, strict=True)))
+    return [*(_gate(index, gate) for index, gate in enumerate(recipe.gates)), *implied]
 
 
 def _gate(index: int, gate: GateSpec) -> Gate:

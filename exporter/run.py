@@ -21,14 +21,13 @@ from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
 from exporter.lowering.engine import (
     Column,
-    Quantized,
     Workshop,
     compile_fixed,
     compile_state,
     export_state,
-    quantized_of,
     tokens_of,
 )
+from exporter.lowering.rivals import Quantized, quantized_of
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes

@@ -7,10 +7,9 @@ exported and compiled once, and every engine that uses it links the same files.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
-from exporter.networks.quantization import Quantization, read_quantization
+from exporter.networks.quantization import read_quantization
 from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
@@ -104,59 +103,9 @@ def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
     Raises:
         ComponentFailed: a component cannot be exported, or its ONNX answers differently from torch.
     """
-    return {component.name: _export(state, component, shop) for component in components_of(state.path, shop.requested)}
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What a quantized component is held to.
-
-    Attributes:
-        graph: its own, which says what it means: torch has no answers of such a state.
-        floats: precision -> the same component before it was quantized, compiled.
-    """
-
-    graph: Path
-    floats: Mapping[str, Path]
-
-
-def quantized_of(
-    exported: Mapping[str, Artifact], earlier: Sequence[Artifact], column: Column, shop: Workshop
-) -> dict[str, Quantized]:
-    """Return the components of a state that are quantized, each with its float engines on a target.
-
-    Args:
-        exported: the state's components.
-        earlier: the states that it was made from, the last one first.
-        column: where it is measured.
-        shop: what lowering shares.
-
-    Raises:
-        ToolMissing, ComponentFailed: as `compile_state`.
-    """
     return {
-        name: Quantized(onnx.path / "model.onnx", _floats(name, earlier, column, shop))
-        for name, onnx in exported.items()
-        if "quantized" in onnx.manifest.facts
+        component.name: export_part(state, component, shop) for component in components_of(state.path, shop.requested)
     }
-
-
-def _floats(name: str, earlier: Sequence[Artifact], column: Column, shop: Workshop) -> dict[str, Path]:
-    """Compile a component as it was in float, at the column's own precision and at the device's fastest."""
-    known = ((state, part) for state in earlier for part in components_of(state.path, shop.requested))
-    found = next(
-        (state, part)
-        for state, part in known
-        if part.name == name and read_quantization(state.path / part.folder) is None
-    )
-    onnx = _export(*found, shop)
-    own = getattr(column.options, "precision", "")
-    precisions = dict.fromkeys([own, *column.target.capabilities().precisions[-1:]]) if own else {"": None}
-    made = {}
-    for precision in precisions:
-        options = replace(column.options, precision=precision) if precision else column.options
-        made[precision] = _compile(onnx, name, replace(column, options=options), shop).path
-    return made
 
 
 def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:
@@ -170,7 +119,7 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
         ComponentFailed: the runtime refused a component.
     """
     here = column.target.capabilities()
-    compiled = {name: _compile(onnx, name, column, shop) for name, onnx in exported.items()}
+    compiled = {name: compile_part(onnx, name, column, shop) for name, onnx in exported.items()}
     facts = {
         "target": column.target.type,
         "options": asdict(column.options),
@@ -211,7 +160,7 @@ def compile_fixed(state: Artifact, component: Component, column: Column, shop: W
         ToolMissing, ComponentFailed: as `export_state` and `compile_state`.
     """
     fixed = replace(shop, export=replace(shop.export, dynamic=False))
-    return _compile(_export(state, component, fixed), component.name, column, fixed)
+    return compile_part(export_part(state, component, fixed), component.name, column, fixed)
 
 
 def tokens_of(component: Component, shop: Workshop) -> int:
@@ -223,7 +172,8 @@ def tokens_of(component: Component, shop: Workshop) -> int:
     return shop.export.tokens if states is None else int(states.shape[1])
 
 
-def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
+def export_part(state: Artifact, component: Component, shop: Workshop) -> Artifact:
+    """Export one component, or find it done; raises as `export_state`."""
     options = replace(shop.export, tokens=tokens_of(component, shop))
     versions = {name: version(name) for name in _EXPORT_LIBRARIES}
     made_by = [versions, __version__, _GRAPHS]
@@ -234,26 +184,27 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
     def build(out: Path) -> Mapping[str, Any]:
         from exporter.lowering.export import export_component  # seconds to import
         from exporter.lowering.parity import compare_answers, torch_answers
+        from exporter.lowering.quantized import export_quantized
         from exporter.lowering.stored import stored_weights
         from exporter.lowering.wrappers import part_of
         from exporter.lowering.zeros import check_zeros
         from exporter.networks.sparsity import load_claims
         from exporter.networks.storage import load_network, open_bare
 
-        source, name = state.path / component.folder, component.name
-        quantization = read_quantization(source)
-        if quantization is not None:
-            graph = shop.out / "work" / f"float-{key[:16]}" / "model.onnx"
-            return _export_quantized(component, state, quantization, (graph, out), options, shop)
-        bare, weights = stored_weights(open_bare(source, cls=component.cls), state.part_digest(component.folder))
+        source, name, digest = state.path / component.folder, component.name, state.part_digest(component.folder)
+        bare, weights = stored_weights(open_bare(source, cls=component.cls), digest)
         schedule = read_schedule(source) if component.role == "denoiser" else None
         if schedule is not None:
             return _export_scheduled(component, (bare, weights, schedule), source, out, options, shop)
+        calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
+        feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
+        quantization = read_quantization(source)
+        if quantization is not None:
+            graph = shop.out / "work" / f"float-{key[:16]}" / "model.onnx"
+            return export_quantized(component, source, digest, quantization, feeds, (graph, out), options)
         export_component(name, part_of(component, bare), out, options, weights=weights)
         zeros = check_zeros([out / "model.onnx"], load_claims(source), name)
         started = time.monotonic()
-        calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
-        feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
         # torch's network is gone again before the graph is opened: one copy of the weights in memory, not two.
         wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
         parity = compare_answers(name, wanted, out / "model.onnx", feeds)
@@ -261,39 +212,6 @@ def _export(state: Artifact, component: Component, shop: Workshop) -> Artifact:
         return {"component": name, "parity": parity, "zeros": zeros}
 
     return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
-
-
-def _export_quantized(
-    component: Component,
-    state: Artifact,
-    quantization: Quantization,
-    places: tuple[Path, Path],
-    options: ExportOptions,
-    shop: Workshop,
-) -> Mapping[str, Any]:
-    """Export in float, hold that to torch, then round it; what rounding changes is the report's matter, not ours.
-
-    `places` are where the float graph is made, for a while, and the folder of the rounded one.
-    """
-    from exporter.lowering.parity import compare_answers, torch_answers  # seconds to import
-    from exporter.lowering.quantized import write_float_graph, write_rounded
-    from exporter.lowering.wrappers import part_of
-    from exporter.lowering.zeros import check_zeros
-    from exporter.networks.sparsity import load_claims
-    from exporter.networks.storage import load_network
-
-    source, name, (graph, out) = state.path / component.folder, component.name, places
-    write_float_graph(component, source, state.part_digest(component.folder), graph.parent, options)
-    started = time.monotonic()
-    calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
-    feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
-    wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
-    parity = compare_answers(name, wanted, graph, feeds)
-    shop.took("parity", time.monotonic() - started)
-    told = write_rounded(graph, source, quantization, out)
-    shutil.rmtree(graph.parent)
-    zeros = check_zeros([out / "model.onnx"], load_claims(source), name)
-    return {"component": name, "parity": parity, "zeros": zeros, "quantized": told}
 
 
 def _export_scheduled(
@@ -320,7 +238,8 @@ def _export_scheduled(
     return {"component": component.name, "parity": parity, "zeros": zeros}
 
 
-def _compile(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
+def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
+    """Compile one exported component, or find it done; raises as `compile_state`."""
     target = column.target
     here = target.capabilities()
     key = digest_of([onnx.digest, target.type, asdict(column.options), here.version, here.device, __version__])

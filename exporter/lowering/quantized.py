@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
@@ -17,7 +17,52 @@ from exporter.lowering.options import ExportOptions
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, Quantization
 
+if TYPE_CHECKING:  # seconds to import
+    from exporter.lowering.parity import Call
+
 FLOAT_FILE = "model.onnx"
+
+
+def export_quantized(  # noqa: PLR0913 - a component, how it is rounded, what it is asked, and where all goes
+    component: Component,
+    folder: Path,
+    digest: str,
+    quantization: Quantization,
+    calls: Sequence[Call],
+    places: tuple[Path, Path],
+    options: ExportOptions,
+) -> Mapping[str, Any]:
+    """Export in float, hold that to torch, then round it; what rounding changes is the report's matter, not ours.
+
+    Args:
+        component: of a state.
+        folder: its folder in the state.
+        digest: of that folder.
+        quantization: from it.
+        calls: that the float graph and torch are asked.
+        places: where the float graph is made, for a while, and the folder of the rounded one.
+        options: shapes and opset.
+
+    Returns:
+        Facts, JSON-ready.
+
+    Raises:
+        ComponentFailed: the float graph answers differently from torch, or the state's ranges are of another network.
+    """
+    from exporter.lowering.parity import compare_answers, torch_answers  # seconds to import
+    from exporter.lowering.wrappers import part_of
+    from exporter.lowering.zeros import check_zeros
+    from exporter.networks.sparsity import load_claims
+    from exporter.networks.storage import load_network
+
+    graph, out = places
+    write_float_graph(component, folder, digest, graph.parent, options)
+    wanted = torch_answers(part_of(component, load_network(folder, cls=component.cls)), calls)
+    parity = compare_answers(component.name, wanted, graph, calls)
+    told = _write_rounded(graph, folder, quantization, out)
+    shutil.rmtree(graph.parent)
+    zeros = check_zeros([out / FLOAT_FILE], load_claims(folder), component.name)
+    return {"component": component.name, "parity": parity, "zeros": zeros, "quantized": told}
 
 
 def write_float_graph(component: Component, folder: Path, digest: str, out: Path, options: ExportOptions) -> Path:
@@ -49,7 +94,7 @@ def write_float_graph(component: Component, folder: Path, digest: str, out: Path
     return out / FLOAT_FILE
 
 
-def write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> Mapping[str, Any]:
+def _write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> Mapping[str, Any]:
     """Write the quantized graph of a component and return what became of its layers.
 
     Args:

@@ -324,6 +324,9 @@ def _message(result: GateResult, measurement: Measurement, bound: Bound, end: st
         "": "",
     }
     text = f"{_place(result)}: got {got}{at}{ends[end]}, limit {limit}"
+    costly = measurement.detail.get("most_costly")
+    if costly:
+        text += f"; alone, {costly[0]['unit']} costs most ({_number(costly[0]['alone_db'], 'dB')})"
     if "dense" in str(result.gate[bound]):
         text += f" ({_written(result.gate[bound])}, where dense has {_number(base, unit)})"
     return f"{text}. {METRICS[result.metric].advice}" if result.status == "missed" else f"{text}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calibration.schemes import FLOAT
 from exporter.errors import RecipeError
+from exporter.metrics.gates import Gate
 from exporter.pruners.matrix import SCHEDULES
 from exporter.quantizing.options import QuantizeOptions
 from exporter.quantizing.plan import read_plan
@@ -65,3 +66,19 @@ def check_schemes(
                     f"{place}.scheme: target {name} ({kind}) does not run {scheme}; got '{scheme}', expected {can}. "
                     "Choose one of these, or leave the target out."
                 )
+
+
+def speed_gates(stages: Mapping[str, StageSpec]) -> list[Gate]:
+    """Return the gates of stages that ask for a speed-up, which hold on every target.
+
+    Args:
+        stages: by the id of the state that each makes.
+    """
+    found = []
+    for state, stage in stages.items():
+        factor = stage.options.get("require_speedup") if stage.kind == "quantize" else None
+        if isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0:
+            part = str(stage.options.get("component", "denoiser"))
+            spec = {"metric": "latency.over_float", "max": 1 / factor, "state": state, "component": part}
+            found.append(Gate.parse(spec, f"{state}.require_speedup"))
+    return found

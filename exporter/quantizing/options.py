@@ -53,6 +53,8 @@ class QuantizeOptions:
         limit_db: where it is given, the plan is made by measurement: the one that saves most of all whose answers to
             recorded calls keep this PSNR to the float network's, the worst call's.
         objective: what it saves: time on the recipe's first target, or bytes.
+        require_speedup: how many times as fast as in float, at its fastest precision, the component has to be on every
+            target; a gate. Without it the report tells all the same what is no faster.
         plan: a file that says the scheme of some units: one a line, its module path and the scheme.
     """
 
@@ -64,6 +66,7 @@ class QuantizeOptions:
     results: Literal["auto", "float", "int8"] = "auto"
     limit_db: float | None = None
     objective: Literal["latency", "bytes"] = "latency"
+    require_speedup: float | None = field(default=None, metadata={"exclusiveMinimum": 0})
     plan: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +82,9 @@ class QuantizeOptions:
         ):
             if value < 1:
                 raise RecipeError(f"quantize.{place}: got {value}, expected a whole number of at least 1. Write 16.")
+        if self.require_speedup is not None and not self.require_speedup > 0:
+            got = f"quantize.require_speedup: got {self.require_speedup:g}, expected a number above 0."
+            raise RecipeError(f"{got} Write 1 for no slower than in float.")
         if not 0 <= self.smoothness <= 1:
             got = f"quantize.smoothness: got {self.smoothness:g}, expected a number from 0 to 1."
             raise RecipeError(f"{got} Write 0.5.")
