@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import exporter.quantizing
 import targets
 from calibration.schemes import SCHEMES
 from exporter.artifact import MANIFEST, Artifact, open_artifact
@@ -97,7 +98,8 @@ def method_options(name: str) -> dict[str, Any]:
     """
     schemes = get_args(get_type_hints(QuantizeOptions)["scheme"])
     if name in schemes:
-        return {"method": name, "text": f"{SCHEMES[name]}.", "options": options_schema(QuantizeOptions)}
+        text = f"{name}: {SCHEMES[name]}.\n\n{inspect.getdoc(exporter.quantizing)}"
+        return {"method": name, "text": text, "options": options_schema(QuantizeOptions)}
     known = [*PRUNERS, *TUNERS, *schemes]
     if name not in known:
         raise RecipeError(f"pruners: got '{name}', expected {one_of(known)}.{hint(name, known)}")

@@ -67,7 +67,11 @@ def test_a_good_recipe_names_its_states(tmp_path: Path) -> None:
             {"prune": {"method": "x"}, "tune": {"method": "y"}},
             r"stages\[0\]: expected exactly one of prune",
         ),
-        ("stages.0", {"quantize": {"scheme": "int8"}}, r"stages\[0\]: quantize: .*not available in this version"),
+        (
+            "stages.0",
+            {"quantize": {"method": "int8"}},
+            r"stages\[0\]: quantize\.scheme: missing; expected the name of a scheme",
+        ),
         ("targets", {}, r"targets: needs at least one target"),
         ("targets", {"../x": {"type": "onnxruntime"}}, r"becomes a folder name"),
         ("name", "a/b", r"name: got 'a/b'"),

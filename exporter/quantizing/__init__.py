@@ -1,1 +1,14 @@
-"""Stages that quantize: which units in which scheme, the plan that says so, and the ranges that go with it."""
+"""Weights, or weights and activations, as small integers: symmetric, so that zeros stay zeros.
+
+Ranges of activations are fitted on recorded calls of the dense pipeline, on prompts of their own. Linear layers' inputs
+are evened out against their weights (SmoothQuant, arXiv 2211.10438, with a factor in front of the rounding instead of
+one folded into the norm before it); every range is the one, of a few fractions of the largest magnitude, whose error
+relative to the value's power is smallest on average over calls, so that quiet steps count as much as loud ones; what
+rounding the weights adds to the mean is taken from the biases (arXiv 1906.04721, section 4.2). Weights have a scale per
+output channel, or per group of inputs in 4 bits.
+
+One graph with QuantizeLinear and DequantizeLinear serves every runtime. Its state holds the parent's weights, the plan
+(`quantization.json`, and `quantization.txt` to read and edit) and the ranges. With `limit_db` the plan is made by
+measurement: the error of the answers with each unit alone in integers, the milliseconds of each unit from the target's
+own profile in floats and in integers, an exact knapsack, and the whole of it asked again.
+"""
