@@ -31,22 +31,24 @@ class Fit:
     """Everything that a graph with 8-bit activations needs beyond its weights.
 
     Attributes:
-        scales: value -> width of one level, after smoothing; the largest code stands for 127 of them.
+        scales: value -> width of one level of 8 bits, after smoothing; the largest code stands for 127 of them.
+        largest: value -> largest magnitude, after smoothing.
         smoothing: value -> (channels,) what it is divided by; values that are not smoothed are missing.
         means: value -> (channels,) mean before smoothing, for the bias correction.
         facts: how it was made.
     """
 
     scales: Mapping[str, float]
+    largest: Mapping[str, float]
     smoothing: Mapping[str, Floats]
     means: Mapping[str, Floats]
     facts: Mapping[str, object]
 
     def save(self, path: Path) -> None:
         """Write it as one safetensors file."""
-        tensors: dict[str, Floats] = {
-            f"scale {name}": np.array([scale], np.float32) for name, scale in self.scales.items()
-        }
+        tensors: dict[str, Floats] = {}
+        for kind, known in (("scale", self.scales), ("largest", self.largest)):
+            tensors |= {f"{kind} {name}": np.array([value], np.float32) for name, value in known.items()}
         tensors |= {f"smoothing {name}": np.ascontiguousarray(value) for name, value in self.smoothing.items()}
         tensors |= {f"mean {name}": np.ascontiguousarray(value) for name, value in self.means.items()}
         staging = path.with_name(f".{path.name}.partial")
@@ -60,7 +62,7 @@ class Fit:
         Raises:
             CalibrationError: it is not what `save` wrote.
         """
-        kinds: dict[str, dict[str, Floats]] = {"scale": {}, "smoothing": {}, "mean": {}}
+        kinds: dict[str, dict[str, Floats]] = {"scale": {}, "largest": {}, "smoothing": {}, "mean": {}}
         try:
             with safe_open(path, framework="numpy") as stored:
                 facts = json.loads((stored.metadata() or {})["facts"])
@@ -69,8 +71,10 @@ class Fit:
                     kinds[kind][name] = stored.get_tensor(key)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CalibrationError(f"{path}: not a fit; got: {error}. Delete it; it is made again.") from error
-        scales = {name: float(value[0]) for name, value in kinds["scale"].items()}
-        return cls(scales, kinds["smoothing"], kinds["mean"], facts)
+        scales, largest = (
+            {name: float(value[0]) for name, value in kinds[kind].items()} for kind in ("scale", "largest")
+        )
+        return cls(scales, largest, kinds["smoothing"], kinds["mean"], facts)
 
 
 def fit(study: Study, smoothness: float = 0.5) -> Fit:
@@ -97,7 +101,7 @@ def fit(study: Study, smoothness: float = 0.5) -> Fit:
         "clipped": sum(CANDIDATES[index] < 1 for index in best.values()),
         "values": len(known),
     }
-    return Fit(scales, smoothing, means, facts)
+    return Fit(scales, largest, smoothing, means, facts)
 
 
 def _largest(seen: Floats, divisor: Floats | None) -> float:
@@ -123,3 +127,14 @@ def _heights(site: Site) -> Floats:
     assert site.weight.const_value is not None
     found: Floats = np.abs(site.weight.const_value.numpy()).max(axis=site.axis)
     return found
+
+
+def fit_means(study: Study) -> Fit:
+    """Return the mean of every value before the sites of a graph and nothing else: what weights alone in 4 bits need.
+
+    Raises:
+        CalibrationError: as `fit`.
+    """
+    reached, known = reach(study), observed_of(study.sites().values())
+    means = {name: reached.mean[name].mean(axis=0) for name, item in known.items() if item.channels > 1}
+    return Fit({}, {}, {}, means, {"calls": len(study.calls), "values": len(known)})

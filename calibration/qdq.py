@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
-from calibration.schemes import FLOAT, INT4_WEIGHTS, INT8, INT8_WEIGHTS
+from calibration.schemes import FLOAT, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, ROUNDING
 from calibration.sites import Site, sites_of
 from calibration.statistics import Floats, Observed, observed_of, smoothed
 
 _INT4_OPSET = 21
-_HALF = {INT8: 127, INT8_WEIGHTS: 127, INT4_WEIGHTS: 7}
+_LARGEST = {INT8: 127.0, FP8: 448.0, INT8_WEIGHTS: 127.0, INT4_WEIGHTS: 7.0}
 """Largest code; the smallest is its negative, so that there is no zero-point and zero stays zero."""
+_TYPES = {INT8: np.int8, FP8: ml_dtypes.float8_e4m3fn, INT8_WEIGHTS: np.int8, INT4_WEIGHTS: ml_dtypes.int4}
 DATA_FILE = "model.onnx_data"
 _INLINE = 1024
 
@@ -107,19 +108,19 @@ class _Writer:
         self._graph, self._fit, self._manner = graph, fit, manner
         observed = observed_of(sites_of(graph).values())
         self._observed = {item.value: item for item in observed.values()}
-        self._rounded: dict[str, ir.Value] = {}
+        self._rounded: dict[tuple[str, str], ir.Value] = {}
 
     def quantize(self, name: str, site: Site, scheme: str) -> str:
         """Quantize one site as far as the scheme applies to it; return the scheme it has then."""
-        if scheme == FLOAT or (site.kind == "product" and scheme != INT8):
+        if scheme == FLOAT or (site.kind == "product" and scheme not in ROUNDING):
             return FLOAT
         if scheme == INT4_WEIGHTS and site.kind != "linear":
             scheme = INT8_WEIGHTS
         item, divisor = self._input(site, 0), None
-        if scheme == INT8:
-            self._round_inputs(name, site)
+        if scheme in ROUNDING:
+            self._round_inputs(name, site, scheme)
             if self._manner.results and site.kind == "conv":
-                self._round_result(name, site)
+                self._round_result(name, site, scheme)
             divisor = None if self._fit is None else self._fit.smoothing.get(item.name)
         mean = None if self._fit is None else self._fit.means.get(item.name)
         if site.weight is not None:
@@ -133,45 +134,47 @@ class _Writer:
         assert value is not None
         return self._observed[value]
 
-    def _round_inputs(self, name: str, site: Site) -> None:
+    def _round_inputs(self, name: str, site: Site, scheme: str) -> None:
         """Let a site read its inputs rounded; a value that several sites read is rounded once."""
         if self._fit is None:
-            raise CalibrationError(f"quantize: {name}: got no fit, expected one for int8. Calibrate first.")
+            raise CalibrationError(f"quantize: {name}: got no fit, expected one for {scheme}. Calibrate first.")
         for index in site.activations:
             item = self._input(site, index)
-            known = self._rounded.get(item.name)
+            known = self._rounded.get((item.name, scheme))
             even = known or smoothed(self._graph, item, self._fit.smoothing.get(item.name))
-            site.node.replace_input_with(index, known or self._once(item, even, name))
+            site.node.replace_input_with(index, known or self._once(item, even, scheme, name))
 
-    def _round_result(self, name: str, site: Site) -> None:
+    def _round_result(self, name: str, site: Site, scheme: str) -> None:
         assert self._fit is not None
         value = site.node.outputs[0]
         item = self._observed[value]
         if item.name in self._fit.smoothing:
             return  # what reads it rounds another value
         readers = [(node, index) for node, index in value.uses() if node.op_type != "QuantizeLinear"]
-        rounded = self._once(item, value, name)
+        rounded = self._once(item, value, scheme, name)
         for node, index in readers:
             node.replace_input_with(index, rounded)
 
-    def _once(self, item: Observed, value: ir.Value, name: str) -> ir.Value:
-        """Return a value rounded, which every reader shares."""
-        if item.name not in self._rounded:
-            self._rounded[item.name] = self._pair(value, self._scale(item, name), item.name)
-            self._observed[self._rounded[item.name]] = item
-        return self._rounded[item.name]
+    def _once(self, item: Observed, value: ir.Value, scheme: str, name: str) -> ir.Value:
+        """Return a value rounded, which every reader in the same scheme shares."""
+        key = (item.name, scheme)
+        if key not in self._rounded:
+            self._rounded[key] = self._pair(value, self._scale(item, scheme, name), scheme, item.name)
+            self._observed[self._rounded[key]] = item
+        return self._rounded[key]
 
-    def _scale(self, item: Observed, name: str) -> float:
+    def _scale(self, item: Observed, scheme: str, name: str) -> float:
         assert self._fit is not None
         if item.name not in self._fit.scales:
             raise CalibrationError(
                 f"quantize: {name}: the fit has no range for {item.name}; expected a fit of this network. Fit again."
             )
-        return self._fit.scales[item.name]
+        # A float's steps grow with its size: there is nothing to gain from clipping, so its range is all there was.
+        return self._fit.largest[item.name] / _LARGEST[FP8] if scheme == FP8 else self._fit.scales[item.name]
 
-    def _pair(self, value: ir.Value, scale: float, name: str) -> ir.Value:
+    def _pair(self, value: ir.Value, scale: float, scheme: str, name: str) -> ir.Value:
         width = self._constant(np.float32(scale), f"{name}.scale")
-        zero = self._constant(np.int8(0), f"{name}.zero_point")
+        zero = self._constant(np.zeros((), _TYPES[scheme]), f"{name}.zero_point")
         narrow = ir.node("QuantizeLinear", [value, width, zero], name=f"{name}/QuantizeLinear")
         wide = ir.node("DequantizeLinear", [narrow.outputs[0], width, zero], name=f"{name}/DequantizeLinear")
         self._graph.extend([narrow, wide])
@@ -189,9 +192,10 @@ class _Writer:
             values = values * np.expand_dims(divisor, site.axis)
         grouped = scheme == INT4_WEIGHTS
         codes, scales, block = (
-            _by_groups(values, site.axis, self._manner.group) if grouped else (*_by_rows(values, site.axis), 0)
+            _by_groups(values, site.axis, self._manner.group) if grouped else (*_by_rows(values, site.axis, scheme), 0)
         )
-        narrow = codes.astype(ml_dtypes.int4 if grouped else np.int8)
+        narrow = codes.astype(_TYPES[scheme])
+        codes = narrow.astype(np.float32)
         held = self._constant(narrow, f"{weight.name}.codes")
         width = self._constant(scales, f"{weight.name}.scale")
         attributes: dict[str, int] = {"axis": 1 - site.axis, "block_size": block} if grouped else {"axis": site.axis}
@@ -227,12 +231,13 @@ class _Writer:
         return value
 
 
-def _by_rows(values: Floats, axis: int) -> tuple[Floats, Floats]:
-    """Return codes of 8 bits and a scale per output."""
+def _by_rows(values: Floats, axis: int, scheme: str) -> tuple[Floats, Floats]:
+    """Return codes of 8 bits, not yet rounded where they are floats, and a scale per output."""
     others = tuple(index for index in range(values.ndim) if index != axis)
-    scales = np.maximum(np.abs(values).max(axis=others), np.finfo(np.float32).tiny) / _HALF[INT8]
+    scales = np.maximum(np.abs(values).max(axis=others), np.finfo(np.float32).tiny) / _LARGEST[scheme]
     shape = [-1 if index == axis else 1 for index in range(values.ndim)]
-    return np.clip(np.rint(values / scales.reshape(shape)), -127, 127), scales.astype(np.float32)
+    codes = np.clip(values / scales.reshape(shape), -_LARGEST[scheme], _LARGEST[scheme])
+    return (codes if scheme == FP8 else np.rint(codes)), scales.astype(np.float32)
 
 
 def _by_groups(values: Floats, axis: int, group: int) -> tuple[Floats, Floats, int]:
@@ -241,7 +246,7 @@ def _by_groups(values: Floats, axis: int, group: int) -> tuple[Floats, Floats, i
     size = group if inputs % group == 0 else inputs
     rows = values if axis == 0 else values.T  # (outputs, inputs)
     parts = rows.reshape(rows.shape[0], inputs // size, size)
-    scales = np.maximum(np.abs(parts).max(axis=2), np.finfo(np.float32).tiny) / _HALF[INT4_WEIGHTS]
+    scales = np.maximum(np.abs(parts).max(axis=2), np.finfo(np.float32).tiny) / _LARGEST[INT4_WEIGHTS]
     codes = np.clip(np.rint(parts / scales[..., None]), -7, 7).reshape(rows.shape)
     return (codes, scales, size) if axis == 0 else (codes.T, scales.T, size)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-FLOAT, INT8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "int8-weights", "int4-weights"
+FLOAT, INT8, FP8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "fp8", "int8-weights", "int4-weights"
+ROUNDING = (INT8, FP8)
+"""Schemes that round activations too, and so need ranges."""
 SCHEMES: Mapping[str, str] = {
     FLOAT: "as it is",
     INT8: "weights and activations in 8 bits",
+    FP8: "weights and activations in 8-bit floating point (E4M3)",
     INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
     INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
 }
-BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
+BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, FP8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
 """Of a weight."""
 
 

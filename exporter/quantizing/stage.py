@@ -10,10 +10,10 @@ from typing import Any
 import onnx_ir as ir
 
 from calibration.errors import CalibrationError
-from calibration.fitting import Fit, fit
+from calibration.fitting import Fit, fit, fit_means
 from calibration.qdq import Manner
 from calibration.recording import Recording
-from calibration.schemes import INT8
+from calibration.schemes import INT4_WEIGHTS, ROUNDING
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen
@@ -77,8 +77,9 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
     manner = Manner(options.group_size, results)
     facts: dict[str, Any] = {"scheme": options.scheme}
     found = None
-    if INT8 in (options.scheme, *given.values()):
-        found = _fitted(subject, graph, recording, options, loan)
+    wanted = {options.scheme, *given.values()}
+    if wanted & {*ROUNDING, INT4_WEIGHTS}:
+        found = _fitted(subject, graph, recording, options, loan, ranges=bool(wanted & {*ROUNDING}))
         found.save(out / FIT)
         facts["fit"] = dict(found.facts)
     plan: dict[str, str] = {"": options.scheme}
@@ -135,12 +136,14 @@ def _tokens(component: Component, recording: Recording) -> int:
     return 0 if states is None else int(states.shape[1])
 
 
-def _fitted(subject: Subject, graph: Path, recording: Recording, options: QuantizeOptions, loan: DenseLoan) -> Fit:
+def _fitted(
+    subject: Subject, graph: Path, recording: Recording, options: QuantizeOptions, loan: DenseLoan, *, ranges: bool
+) -> Fit:
     feeds = list(calls_of(subject.component, subject.folder, recording, options, loan))
-    with task(loan.progress, "calibrate", 2 * len(feeds)) as told:
+    with task(loan.progress, "calibrate", len(feeds) * (1 + ranges)) as told:
         study = Study(graph, feeds, as_written, subject.workdir, told.advance)
         try:
-            return fit(study, options.smoothness)
+            return fit(study, options.smoothness) if ranges else fit_means(study)
         except CalibrationError as error:
             raise ComponentFailed(f"{subject.component.name}: {error}") from error
 

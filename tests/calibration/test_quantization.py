@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from calibration.errors import CalibrationError
@@ -144,6 +145,7 @@ def test_a_fit_is_the_same_after_it_was_stored(fitted, tmp_path):
     fitted.save(tmp_path / "fit.safetensors")
     found = Fit.load(tmp_path / "fit.safetensors")
     assert found.scales == pytest.approx(dict(fitted.scales))
+    assert found.largest == pytest.approx(dict(fitted.largest))
     assert {name: value.tolist() for name, value in found.smoothing.items()} == {
         name: value.tolist() for name, value in fitted.smoothing.items()
     }
@@ -249,9 +251,33 @@ def test_ranges_that_say_nothing_are_refused(graph, tmp_path, call, message):
 def test_8_bits_without_a_fit_or_with_anothers_are_refused(graph, fitted, tmp_path):
     with pytest.raises(CalibrationError, match=r"conv_in: got no fit, expected one for int8"):
         written(graph, tmp_path / "none", {"conv_in": "int8"}, None)
-    others = Fit({"elsewhere#0": 1.0}, {}, {}, {})
+    others = Fit({"elsewhere#0": 1.0}, {}, {}, {}, {})
     with pytest.raises(CalibrationError, match=r"no range for conv_in#0"):
         written(graph, tmp_path / "others", {"conv_in": "int8"}, others)
+
+
+def test_one_layer_in_8_bit_floats_computes_what_torchs_casts_say(graph, network, fitted, tmp_path):
+    """ONNX Runtime has no kernels for these on a processor: one layer is cut out and asked of onnx's own evaluator."""
+    path = written(graph, tmp_path / "out", {FEED_FORWARD: "fp8"}, fitted, Manner(correct=False))
+    model = ir.load(path)
+    product = next(node for node in model.graph if node.name == f"{FEED_FORWARD}/MatMul")
+    smoothing = product.inputs[0].producer().inputs[0].producer().inputs[0].producer()
+    part = ir.convenience.extract(model.graph, [smoothing.inputs[0].name], [product.outputs[0].name])
+    for value in part.initializers.values():
+        value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)  # out of its file
+    given = seen_by_torch(network, CALLS[:1])[FEED_FORWARD][0]
+    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
+    (got,) = ReferenceEvaluator(proto).run(None, {smoothing.inputs[0].name: given.numpy()})
+    divisor = torch.from_numpy(fitted.smoothing[f"{FEED_FORWARD}#0"])
+    weight = network.get_submodule(FEED_FORWARD).weight.detach() * divisor
+    heights = weight.abs().amax(dim=1, keepdim=True) / 448
+    scale = fitted.largest[f"{FEED_FORWARD}#0"] / 448
+
+    def cast(values: torch.Tensor) -> torch.Tensor:
+        return values.to(torch.float8_e4m3fn).float()
+
+    wanted = (cast(given / divisor / scale) * scale) @ (cast(weight / heights) * heights).T
+    np.testing.assert_allclose(got, wanted.numpy(), atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Every scheme of every target that runs here: the engine answers as its graph says, and its layers are what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import targets
+from calibration.fitting import Fit, fit
+from calibration.qdq import Manner, write_quantized
+from calibration.sites import sites_of
+from calibration.statistics import Study
+from exporter.lowering.options import ExportOptions
+from exporter.lowering.quantized import write_float_graph
+from exporter.states import components_of
+from targets.ort import OnnxRuntime
+
+if TYPE_CHECKING:
+    from exporter.loan import DenseLoan
+
+RUNNING = [name for name in targets.TARGETS if targets.target(name).capabilities().runs]
+PAIRS = [(name, scheme) for name in RUNNING for scheme in targets.target(name).schemes]
+
+
+def call(seed: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed).standard_normal
+    return {
+        "sample": draw((2, 4, 8, 8)).astype(np.float32),
+        "timestep": np.array(501.0, np.float32),
+        "encoder_hidden_states": draw((2, 32, 32)).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def graph(tiny_loan: DenseLoan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    component = next(part for part in components_of(tiny_loan.dense.path) if part.role == "denoiser")
+    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
+    out = tmp_path_factory.mktemp("float") / "graph"
+    return write_float_graph(component, tiny_loan.dense.path / component.folder, "0" * 64, out, shapes)
+
+
+@pytest.fixture(scope="module")
+def fitted(graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    opener = OnnxRuntime().open_as_written
+    return fit(Study(graph, [call(0), call(1)], opener, tmp_path_factory.mktemp("fit"), lambda: None))
+
+
+def psnr(wanted: np.ndarray, got: np.ndarray) -> float:
+    return float(10 * np.log10(float(np.ptp(wanted)) ** 2 / np.mean((wanted - got) ** 2)))
+
+
+def test_there_are_schemes_to_try():
+    assert {"int8", "int8-weights", "int4-weights"} <= {scheme for _, scheme in PAIRS}
+
+
+@pytest.mark.parametrize(("name", "scheme"), PAIRS)
+def test_an_engine_answers_as_its_graph_says(graph, fitted, tmp_path, name, scheme):
+    target = targets.target(name)
+    source, engine = tmp_path / "source", tmp_path / "engine"
+    source.mkdir()
+    engine.mkdir()
+    everything = dict.fromkeys(sites_of(ir.load(graph).graph), scheme)
+    write_quantized(graph, source, everything, fitted, Manner(results=target.rounds_results))
+    target.compile(source / "model.onnx", engine, target.options())
+    session, written = target.open(engine, target.options()), OnnxRuntime().open_as_written(source / "model.onnx")
+    try:
+        got, wanted = session(call(5))["out_sample"], written(call(5))["out_sample"]
+        # Weights alone are the same numbers in floats; rounded activations fall to one side or the other.
+        assert psnr(wanted, got) > (25 if scheme == "int8" else 80)
+        kinds = {timed.layer.precision for timed in session.profile(call(5), 1)}
+        assert bool(kinds & {"i8", "u8"}) or scheme != "int8"
+    finally:
+        session.close()
+        written.close()
