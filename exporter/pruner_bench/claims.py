@@ -25,15 +25,55 @@ class Claim:
     text: str
     holds: bool | None
     told: str
+    measured: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """Return what became of it, in words."""
+        if self.holds is None:
+            return "undecided" if self.measured else "not measured"
+        return "holds" if self.holds else "does not hold"
 
     def line(self) -> str:
         """Return it as one line."""
-        verdict = {True: "holds", False: "does not hold", None: "not measured"}[self.holds]
-        return f"{self.text}: **{verdict}**. {self.told}"
+        return f"{self.text}: **{self.verdict}**. {self.told}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a paper says of two methods: of the same size or latency, one does better than the other.
+
+    Attributes:
+        paper: whose claim it is.
+        better: the line of the table that is said to be better.
+        worse: the other line.
+        recovered: whether the paper trains before it compares.
+    """
+
+    paper: str
+    better: str
+    worse: str
+    recovered: bool = False
+
+
+ORDERS = (
+    Order("Diff-Pruning", "diff-pruning", "random", recovered=True),
+    Order("Diff-Pruning", "diff-pruning", "magnitude", recovered=True),
+    Order("Diff-Pruning", "diff-pruning early cut", "taylor", recovered=True),
+    Order("LAPTOP-Diff", "laptop-diff", "magnitude blocks", recovered=True),
+    Order("DiP-GO", "dip-go learned", "deepcache"),
+    Order("DiP-GO", "dip-go learned", "random schedule"),
+    Order("Wanda", "wanda 2:4", "magnitude 2:4"),
+    Order("SparseGPT", "sparsegpt 2:4", "magnitude 2:4"),
+    Order("OBS-Diff", "obs-diff 2:4", "wanda 2:4"),
+    Order("OBS-Diff", "obs-diff 2:4", "sparsegpt 2:4"),
+    Order("SparseDM", "sparsedm 2:4", "magnitude 2:4"),
+)
+"""Orders that the papers' own tables show; EcoDiff, SnapFusion and the presets have no rival of their size there."""
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """Return every statement that the rows answer."""
+    """Return every statement that the rows answer: the bench's own, then the papers'."""
     measured = [row for row in rows if row.status == "ok"]
     return [
         _best_loses_little(measured),
@@ -41,7 +81,29 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         *_informed_beat_random(measured),
         *_sums_rank(measured),
         *_tables(measured),
+        *_published(measured),
     ]
+
+
+def _published(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Hold the papers' orders to both measures: the errors of single calls, and what the judge says of whole images."""
+    short = min((row.recovery for row in rows if row.recovery), default=0)
+    for order in ORDERS:
+        recovery = short if order.recovered else 0
+        here = [row for row in rows if row.recovery == recovery and not row.seed and "judge_change" in row.values]
+        better, worse = ({row.target: row for row in here if row.name == name} for name in (order.better, order.worse))
+        for target in sorted(set(better) & set(worse), key=lambda value: -(value or 0)):
+            yield _of_order(order, target, better[target], worse[target])
+
+
+def _of_order(order: Order, target: float | None, better: Row, worse: Row) -> Claim:
+    size = f"at {target:g}x" if target else "of one size"
+    when = f"after {better.recovery:,} steps" if better.recovery else "before recovery"
+    pairs = [(row.values["psnr_mean_db"].value, _change(row)) for row in (better, worse)]
+    ahead = [one > other for one, other in zip(*pairs, strict=True)]
+    holds = ahead[0] if ahead[0] == ahead[1] else None
+    told = " against ".join(f"{error:.1f} dB and {change:+.1f} points" for error, change in pairs)
+    return Claim(f"{order.paper}: {order.better} beats {order.worse}, {size}, {when}", holds, f"{told}.")
 
 
 def _beats_fewer_steps(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -94,7 +156,7 @@ def _best_loses_little(rows: Sequence[Row]) -> Claim:
     targets = [row.target for row in rows if row.target is not None]
     recovered = [row for row in rows if targets and row.target == min(targets) and row.recovery]
     if not recovered:
-        return Claim(text, None, "No row is recovered.")
+        return Claim(text, None, "No row is recovered.", measured=False)
     longest = max(row.recovery for row in recovered)
     worst_of: dict[str, Row] = {}  # of the seeds of a method
     for row in sorted((row for row in recovered if row.recovery == longest), key=_change):

@@ -32,7 +32,7 @@ td.note { text-align: left; white-space: normal; }
 <h1>Pruning methods on one bench</h1>
 <p>{{ setting }}</p>
 <h2>What holds</h2><ul>{% for claim in claims %}<li>{{ claim.text }}:
-<strong>{{ {True: "holds", False: "does not hold", None: "not measured"}[claim.holds] }}</strong>. {{ claim.told }}</li>
+<strong>{{ claim.verdict }}</strong>. {{ claim.told }}</li>
 {% endfor %}</ul>
 {% for chart in charts %}<figure class="drawn">{{ chart }}</figure>{% endfor %}
 {% for part in parts %}<h2>{{ part.title }}</h2><div class="wide"><table><thead><tr>

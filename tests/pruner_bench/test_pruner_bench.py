@@ -16,7 +16,7 @@ from exporter.networks.fingerprint import structure_of
 from exporter.networks.storage import load_network
 from exporter.progress import Silent
 from exporter.pruner_bench import compare_pruners
-from exporter.pruner_bench.claims import claims
+from exporter.pruner_bench.claims import ORDERS, claims
 from exporter.pruner_bench.contestants import CONTESTANTS, chosen
 from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
@@ -243,6 +243,37 @@ def test_pruning_is_held_to_fewer_steps_of_the_plain_sampler(change, holds):
     (claim,) = (found for found in claims(rows) if "fewer steps" in found.text)
     assert claim.holds is holds
     assert claim.told == f"-1.0 points to dense, against {change:+.1f} of taylor after 300 steps."
+
+
+@pytest.mark.parametrize(
+    ("errors", "changes", "verdict"),
+    [
+        ((31.0, 30.0), (-1.0, -2.0), "holds"),
+        ((29.0, 30.0), (-3.0, -2.0), "does not hold"),
+        ((31.0, 30.0), (-3.0, -2.0), "undecided"),
+    ],
+)
+def test_the_orders_of_the_papers_are_held_to_both_measures(errors, changes, verdict):
+    rows = [
+        row(
+            name,
+            target=None,
+            kind="zeros",
+            values={"psnr_mean_db": Value(value=error), "judge_change": Value(value=change)},
+        )
+        for name, error, change in zip(("obs-diff 2:4", "sparsegpt 2:4"), errors, changes, strict=True)
+    ]
+    (claim,) = (found for found in claims(rows) if found.text.startswith("OBS-Diff"))
+    assert claim.text == "OBS-Diff: obs-diff 2:4 beats sparsegpt 2:4, of one size, before recovery"
+    assert claim.verdict == verdict
+    assert claim.told == (
+        f"{errors[0]:.1f} dB and {changes[0]:+.1f} points against {errors[1]:.1f} dB and {changes[1]:+.1f} points."
+    )
+
+
+def test_the_orders_name_lines_of_the_table():
+    names = {contestant.name for contestant in CONTESTANTS}
+    assert {name for order in ORDERS for name in (order.better, order.worse)} <= names
 
 
 def test_a_method_counts_by_its_worst_seed():

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel
 from fake_stopwatch import FakeStopwatch
 
 from exporter.errors import RecipeError
@@ -246,6 +246,24 @@ def test_the_published_network_has_the_papers_counts(prune):
     assert not surgery.is_empty
     assert facts["preset"] == "published"
     assert run_probe(network)["out_sample"].isfinite().all()
+
+
+def test_the_network_without_any_unit_is_told_but_not_fitted_to(dense, tiny_loan, tmp_path):
+    class Odd(FakeStopwatch):
+        def whole_ms(self, network):
+            ms = super().whole_ms(network)
+            return ms if any(isinstance(module, Transformer2DModel) for module in network.modules()) else ms / 8
+
+    network = copy.deepcopy(dense)
+    loan = dataclasses.replace(tiny_loan, stopwatch=Odd(dense, extra=0.3))
+    context = Context(torch.Generator().manual_seed(0), Silent(), tmp_path, loan)
+    little = {"prompts": str(tiny_loan.folder.parent / "prompts.txt"), "images": 2, "steps": 0}
+    told = SnapFusion(SnapFusionOptions(latency="0.75 * dense", **little)).prune(network, context).facts["latency"]
+    errors = sorted(abs(predicted / measured - 1) for predicted, measured in told["predicted_and_measured_ms"])
+    assert told["per_call_ms"] == pytest.approx(0.3, abs=0.01)
+    assert errors[-2] < 0.01
+    assert errors[-1] > 1
+    assert told["largest_error"] == pytest.approx(errors[-1], abs=1e-3)
 
 
 def test_a_latency_given_with_the_preset_is_checked(prune, tiny_loan):
