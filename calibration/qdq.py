@@ -6,7 +6,7 @@ Weights have a scale per output channel (8 bits) or per group of inputs (4 bits)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
-from calibration.schemes import FLOAT, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, ROUNDING
+from calibration.narrowing import narrow
+from calibration.schemes import FLOAT, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, NARROW, ROUNDING
 from calibration.sites import Site, sites_of
 from calibration.statistics import Floats, Observed, observed_of, smoothed
 
@@ -39,11 +40,13 @@ class Manner:
         results: round what convolutions in `INT8` answer, too. ONNX Runtime and TensorRT have integer kernels for these
             alone; OpenVINO's answer in floating point, which is more exact.
         correct: take from biases what rounding the weights adds to the mean.
+        type_of: module path -> `FP16` or `BF16` where its floating point has 16 bits; None for float everywhere.
     """
 
     group: int = 64
     results: bool = False
     correct: bool = True
+    type_of: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def quantized(
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
     graph.sort()
+    if manner is not None and manner.type_of is not None:
+        narrow(model, manner.type_of)
     return model, told
 
 
@@ -112,6 +117,8 @@ class _Writer:
 
     def quantize(self, name: str, site: Site, scheme: str) -> str:
         """Quantize one site as far as the scheme applies to it; return the scheme it has then."""
+        if scheme in NARROW:
+            return scheme
         if scheme == FLOAT or (site.kind == "product" and scheme not in ROUNDING):
             return FLOAT
         if scheme == INT4_WEIGHTS and site.kind != "linear":

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 FLOAT, INT8, FP8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "fp8", "int8-weights", "int4-weights"
+FP16, BF16 = "fp16", "bf16"
 ROUNDING = (INT8, FP8)
 """Schemes that round activations too, and so need ranges."""
+NARROW = (FP16, BF16)
+"""Schemes that change what is computed in, norms and sums among it, and round nothing to integers."""
 SCHEMES: Mapping[str, str] = {
     FLOAT: "as it is",
+    FP16: "computed in 16 bits, but for what overflows on recorded inputs",
+    BF16: "computed in bfloat16",
     INT8: "weights and activations in 8 bits",
     FP8: "weights and activations in 8-bit floating point (E4M3)",
     INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
     INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
 }
-BITS: Mapping[str, float] = {FLOAT: 32, INT8: 8, FP8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
+BITS: Mapping[str, float] = {FLOAT: 32, FP16: 16, BF16: 16, INT8: 8, FP8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
 """Of a weight."""
 
 

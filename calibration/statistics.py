@@ -207,6 +207,41 @@ def errors_of(study: Study, ranges: Mapping[str, float], smoothing: Mapping[str,
     }
 
 
+def largest_of_nodes(study: Study) -> dict[str, float]:
+    """Return node -> the largest magnitude of any value in floating point that it computes or reads, over all calls.
+
+    Raises:
+        CalibrationError: a value is not finite.
+    """
+    floats = _floats_of(ir.load(study.graph).graph)
+
+    def add(model: ir.Model) -> None:
+        for index, value in enumerate(_floats_of(model.graph)):
+            everything = _constant(model.graph, np.arange(0, dtype=np.int64), f"size.{index}.axes")
+            size = _node(model.graph, "Abs", [value])
+            _output(model.graph, _node(model.graph, "ReduceMax", [size, everything], {"keepdims": 0}), f"size.{index}")
+
+    found = _gathered(study, add, "sizes")
+    sizes = {value: found[f"size.{index}"] for index, value in enumerate(floats)}
+    largest: dict[str, float] = {}
+    for value, seen in sizes.items():
+        producer = value.producer()
+        if not np.isfinite(seen).all():
+            place = "an input" if producer is None else producer.name
+            raise CalibrationError(
+                f"calibration: {place}: got values that are not finite in call {int(np.argmin(np.isfinite(seen)))}, "
+                "expected numbers. Look at the model: it overflows in float."
+            )
+        for node in ([] if producer is None else [producer]) + [node for node, _ in value.uses()]:
+            name = node.name or ""
+            largest[name] = max(largest.get(name, 0.0), float(seen.max()))
+    return largest
+
+
+def _floats_of(graph: ir.Graph) -> list[ir.Value]:
+    return [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+
+
 def smoothed(graph: ir.Graph, item: Observed, divisor: Floats | None) -> ir.Value:
     """Return a value divided channel by channel, in front of whatever reads it; the value itself for None."""
     if divisor is None:

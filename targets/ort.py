@@ -88,7 +88,7 @@ class OnnxRuntime:
     type = "onnxruntime"
     options = OrtOptions
     engine_file = "model.onnx"
-    schemes = ("int8", "int8-weights", "int4-weights")
+    schemes = ("int8", "int8-weights", "int4-weights", "fp16")
     rounds_results = True
 
     def capabilities(self) -> Capabilities:

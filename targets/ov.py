@@ -75,7 +75,7 @@ class OpenVino:
     type = "openvino"
     options = OvOptions
     engine_file = "openvino_model.xml"
-    schemes = ("int8", "int8-weights", "int4-weights")
+    schemes = ("int8", "int8-weights", "int4-weights", "fp16")
     rounds_results = False
 
     def capabilities(self) -> Capabilities:

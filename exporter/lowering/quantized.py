@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.qdq import Manner, write_quantized
-from calibration.schemes import unit_of
+from calibration.schemes import FLOAT, NARROW, unit_of
 from calibration.sites import sites_of
 from exporter.errors import ComponentFailed
 from exporter.lowering.options import ExportOptions
@@ -108,11 +108,17 @@ def _write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> 
     """
     import onnx_ir as ir
 
-    sites = sites_of(ir.load(graph).graph)
-    schemes = {name: told.plan[unit] for name in sites if (unit := unit_of(name, told.plan)) is not None}
+    def scheme_of(path: str) -> str:
+        unit = unit_of(path, told.plan)
+        scheme = FLOAT if unit is None else told.plan[unit]
+        return FLOAT if scheme in NARROW and path in told.wide else scheme
+
+    model = ir.load(graph)
+    schemes = {name: scheme_of(name) for name in sites_of(model.graph)}
+    type_of = scheme_of if {*told.plan.values()} & {*NARROW} else None
     try:
         fit = Fit.load(folder / FIT) if (folder / FIT).is_file() else None
-        written = write_quantized(graph, out, schemes, fit, Manner(told.group, told.results))
+        written = write_quantized(graph, out, schemes, fit, Manner(told.group, told.results, type_of=type_of))
     except CalibrationError as error:
         raise ComponentFailed(str(error)) from error
     counts: dict[str, int] = {}

@@ -28,12 +28,14 @@ class Quantization:
         plan: module path -> scheme; the longest path that a layer's name begins with decides, the empty one holds all.
         group: inputs that share a scale of 4 bits.
         results: whether what convolutions in 8 bits answer is rounded too.
+        wide: paths of modules, not of what is in them, that overflow in fp16 and stay in float.
         calibration: digest of the recording that ranges were fitted on; empty where none was needed.
     """
 
     plan: Mapping[str, str] = field(default_factory=dict)
     group: int = 64
     results: bool = False
+    wide: tuple[str, ...] = ()
     calibration: str = ""
 
 
@@ -53,13 +55,15 @@ def read_quantization(folder: Path) -> Quantization | None:
     if not path.is_file():
         return None
     content = read_object(path, ArtifactError)
-    plan, group, results = (content.get(key) for key in ("plan", "group", "results"))
+    plan, group, results, wide = (content.get(key) for key in ("plan", "group", "results", "wide"))
     sound = (
         content.get("format") == _FORMAT
         and isinstance(plan, dict)
         and all(isinstance(scheme, str) for scheme in plan.values())
         and isinstance(group, int)
         and isinstance(results, bool)
+        and isinstance(wide, list)
+        and all(isinstance(path, str) for path in wide)
         and isinstance(content.get("calibration"), str)
     )
     if not sound:
@@ -68,4 +72,5 @@ def read_quantization(folder: Path) -> Quantization | None:
         )
     assert isinstance(plan, dict)
     assert isinstance(group, int)
-    return Quantization(plan, group, bool(results), str(content["calibration"]))
+    assert isinstance(wide, list)
+    return Quantization(plan, group, bool(results), tuple(wide), str(content["calibration"]))

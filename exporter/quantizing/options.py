@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from calibration.schemes import NARROW
 from exporter.errors import RecipeError
 from exporter.validation import options_from
 
@@ -39,7 +40,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Weights, or weights and activations, as small integers.
+    """Weights, or weights and activations, as small numbers.
 
     Attributes:
         scheme: of every unit that the plan does not name.
@@ -58,7 +59,7 @@ class QuantizeOptions:
         plan: a file that says the scheme of some units: one a line, its module path and the scheme.
     """
 
-    scheme: Literal["int8", "int8-weights", "int4-weights"]
+    scheme: Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8"]
     component: str = "denoiser"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     smoothness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
@@ -85,6 +86,9 @@ class QuantizeOptions:
         if self.require_speedup is not None and not self.require_speedup > 0:
             got = f"quantize.require_speedup: got {self.require_speedup:g}, expected a number above 0."
             raise RecipeError(f"{got} Write 1 for no slower than in float.")
+        if self.limit_db is not None and self.scheme in NARROW:
+            got = f"quantize.limit_db: got {self.limit_db:g} for {self.scheme}, expected a scheme that rounds."
+            raise RecipeError(f"{got} Leave it out: what overflows on recorded inputs stays in float anyhow.")
         if not 0 <= self.smoothness <= 1:
             got = f"quantize.smoothness: got {self.smoothness:g}, expected a number from 0 to 1."
             raise RecipeError(f"{got} Write 0.5.")

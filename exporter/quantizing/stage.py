@@ -13,7 +13,8 @@ from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit, fit_means
 from calibration.qdq import Manner
 from calibration.recording import Recording
-from calibration.schemes import INT4_WEIGHTS, ROUNDING
+from calibration.narrowing import overflowing
+from calibration.schemes import FP16, INT4_WEIGHTS, ROUNDING
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen
@@ -91,7 +92,11 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
     plan |= given
     if options.limit_db is None:
         (out / TABLE).write_text(plan_text(plan), encoding="utf-8")
-    write_quantization(out, Quantization(plan, options.group_size, results, recording.digest))
+    wide: dict[str, float] = {}
+    if FP16 in plan.values():
+        wide = _overflowing(subject, graph, recording, options, loan)
+        facts["kept_in_float"] = wide
+    write_quantization(out, Quantization(plan, options.group_size, results, tuple(sorted(wide)), recording.digest))
     schemes = list(schemes_of(plan, names).values())
     counts = {scheme: schemes.count(scheme) for scheme in dict.fromkeys(schemes)}
     return {**facts, "layers": counts, "recording": recording.digest}
@@ -144,6 +149,18 @@ def _fitted(
         study = Study(graph, feeds, as_written, subject.workdir, told.advance)
         try:
             return fit(study, options.smoothness) if ranges else fit_means(study)
+        except CalibrationError as error:
+            raise ComponentFailed(f"{subject.component.name}: {error}") from error
+
+
+def _overflowing(
+    subject: Subject, graph: Path, recording: Recording, options: QuantizeOptions, loan: DenseLoan
+) -> dict[str, float]:
+    """Return module path -> the largest magnitude recorded there, of modules that stay in float for it."""
+    feeds = list(calls_of(subject.component, subject.folder, recording, options, loan))
+    with task(loan.progress, "overflow", len(feeds)) as told:
+        try:
+            return overflowing(Study(graph, feeds, as_written, subject.workdir, told.advance))
         except CalibrationError as error:
             raise ComponentFailed(f"{subject.component.name}: {error}") from error
 
