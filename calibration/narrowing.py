@@ -68,7 +68,7 @@ class _Narrower:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._stored = {value: "float" for value in graph.inputs}
+        self._stored = dict.fromkeys(graph.inputs, "float")
         self._forms: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def convert(self, model: ir.Model, type_of: Callable[[str], str]) -> dict[str, int]:
@@ -118,7 +118,7 @@ class _Narrower:
         assert held is not None
         source = held
 
-        def converted() -> ir.Tensor:  # when it is written: a large network's weights are never in memory together
+        def converted() -> ir.TensorProtocol:  # when it is written, one at a time
             values = source.numpy()
             if wanted == FP16 and not np.abs(values, dtype=np.float32).max(initial=0.0) <= LARGEST:
                 raise CalibrationError(

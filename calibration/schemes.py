@@ -19,6 +19,8 @@ SCHEMES: Mapping[str, str] = {
     INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
     INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
 }
+SCORES, MIXED, PRODUCT = "scores", "mixed", "product"
+"""Last part of the names of products: queries by keys; probabilities by values; any other."""
 BITS: Mapping[str, float] = {FLOAT: 32, FP16: 16, BF16: 16, INT8: 8, FP8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
 """Of a weight."""
 

@@ -8,10 +8,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-Kind = Literal["conv", "linear", "product"]
-SCORES, MIXED, PRODUCT = "scores", "mixed", "product"
-"""Last part of the names of products: queries by keys; probabilities by values; any other."""
+from calibration.schemes import MIXED, PRODUCT, SCORES
 
+Kind = Literal["conv", "linear", "product"]
 _SHAPELESS = ("Reshape", "Transpose", "Mul", "Add", "Div", "Cast", "Squeeze", "Unsqueeze", "Expand", "Slice", "Concat")
 """What may stand between a product and the softmax that tells what it is."""
 _FAR = 6

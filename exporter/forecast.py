@@ -32,6 +32,7 @@ _TORCH_WIDE = 8.0  # tensors as wide as the widest that torch has alive at a tim
 _ENGINE_WIDE = 4.0  # the same of a runtime, which keeps them between two calls
 _INLINE_COPIES = 5.5  # of weights in a graph: torch's, the graph's, the file's, the session's
 _TRAINED = 5.0  # weights, gradients, two moments and an average
+_LOOKED_AT_COPIES, _LOOKED_AT_SCORES = 2.0, 3.0  # of weights and attention scores in a graph that values are watched in
 _LEFT_MIB, _LEFT_COPIES, _LEFT_MOST_MIB = 40.0, 2.5, 120.0  # what a state leaves in the heap; larger tensors leave none
 
 # Seconds of one core, on a machine to itself.
@@ -44,6 +45,8 @@ _COMPILE_S = 0.3  # of starting a process and its runtime
 _OPEN_S = {"openvino": 1.8e-3}  # of opening an engine, per weight; as long again to compile it
 _OPEN_OTHERS_S = 8e-4
 _START_S, _STATE_S, _CELL_S = 2.0, 0.6, 0.7
+_SIZES, _RANGES, _TRIAL = 2.0, 6.0, 2.0  # calls of a graph that is looked at, as calls in torch; of one on trial
+_UNITS, _TRIED = 60, 4  # that a plan decides on, and the calls that each is tried on
 _TRAINING_S = 2.5  # beside the steps: looking at the student before and after
 _BYTES_PER_S = 4e8  # copying, hashing and syncing
 _BF16 = 0.6  # of the time in f32
@@ -99,6 +102,12 @@ class _Job:
     def tunes(self) -> list[StageSpec]:
         """The stages that train."""
         return [stage for stage in self.recipe.stages if stage.kind == "tune"]
+
+    @property
+    def quantizes(self) -> list[tuple[StageSpec, Network]]:
+        """The stages that quantize, each with its network."""
+        stages = [stage for stage in self.recipe.stages if stage.kind == "quantize"]
+        return [(stage, self.networks[_role(stage)]) for stage in stages if _role(stage) in self.networks]
 
 
 def compare(
@@ -162,8 +171,7 @@ def _kept(recipe: Recipe, state: str) -> float:
     done = recipe.stages[: recipe.state_ids.index(state)]
     ratio = 1.0
     for stage in done:
-        of_denoiser = stage.options.get("component", _DENOISER) in (_DENOISER, "unet", "transformer")
-        ratio *= float(stage.options.get("keep_ratio", 1.0)) if of_denoiser else 1.0
+        ratio *= float(stage.options.get("keep_ratio", 1.0)) if _role(stage) == _DENOISER else 1.0
     return ratio
 
 
@@ -210,6 +218,9 @@ def _memory(job: _Job) -> dict[str, float]:
         rows = job.recipe.sampling.batch * 2
         training = _TRAINED * denoiser.mib + 2 * denoiser.kept_mib * batch / rows
         phases["tuning"] = whole + training + left * max(len(job.kept) - 1, 0)
+    for _, network in job.quantizes:
+        graph = _LOOKED_AT_COPIES * network.mib + _LOOKED_AT_SCORES * network.scores_mib
+        phases["calibrating"] = graph + _TORCH_WIDE * network.widest_mib + left * max(len(job.kept) - 1, 0)
     return phases
 
 
@@ -286,8 +297,25 @@ def _seconds(job: _Job, here: Machine) -> float:
     )
     row = torch_s[_DENOISER] / (2 * recipe.sampling.batch)
     tuning = sum(_tuning(stage, job.calls, row) for stage in job.tunes)
+    quantizing = sum(_quantizing(stage, job, torch_s, network) for stage, network in job.quantizes)
     states = _START_S + _STATE_S * (1 + len(recipe.stages))
-    return (states * here.pace) + drawing + exporting + parity + answers + cells + tuning
+    return (states * here.pace) + drawing + exporting + parity + answers + cells + tuning + quantizing
+
+
+def _quantizing(stage: StageSpec, job: _Job, torch_s: Mapping[str, float], network: Network) -> float:
+    """Return the seconds of a quantizing stage: recorded images, passes over calls, and trials of a plan's units."""
+    options, call = stage.options, torch_s[_role(stage)]
+    given = options.get("calibration", {})
+    drawn = ceil(int(given.get("samples", 16)) / job.recipe.sampling.batch) * job.calls * torch_s[_DENOISER]
+    passes = {"int8": _SIZES + _RANGES, "fp8": _SIZES + _RANGES, "fp16": _SIZES, "int4-weights": _SIZES}
+    seen = int(given.get("calls", 16)) * passes.get(str(options.get("scheme")), 0.0)
+    tried = _UNITS * _TRIED * _TRIAL if options.get("limit_db") is not None else 0.0
+    return drawn + (seen + tried) * call + _EXPORT_S + _TRACE_S * network.weights
+
+
+def _role(stage: StageSpec) -> str:
+    name = str(stage.options.get("component", _DENOISER))
+    return _DENOISER if name in (_DENOISER, "unet", "transformer") else name
 
 
 def _torch_call(network: Network, here: Machine) -> float:

@@ -23,7 +23,7 @@ from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
 from exporter.pruners.matrix import SCHEDULES, refusal
-from exporter.quantizing.checks import check_order, check_schemes, speed_gates
+from exporter.quantizing.checks import check_order, check_plans, check_schemes, speed_gates
 from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
@@ -230,6 +230,8 @@ def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[
         check_requested(facts.pipeline_class, recipe.export.requested)
     with found.gather():
         _check_stages(recipe, facts)
+    with found.gather():
+        check_plans(recipe.stages, source)
     with found.gather():
         check_sampling(recipe.sampling, source)
         if recipe.shapes is not None:

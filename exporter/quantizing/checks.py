@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from calibration.schemes import FLOAT
+from calibration.schemes import FLOAT, MIXED, SCORES
 from exporter.errors import RecipeError
 from exporter.metrics.gates import Gate
 from exporter.pruners.matrix import SCHEDULES
 from exporter.quantizing.options import QuantizeOptions
-from exporter.quantizing.plan import read_plan
+from exporter.quantizing.plan import check_units, read_plan
 from exporter.recipe import StageSpec
 from exporter.validation import one_of
 
@@ -66,6 +66,32 @@ def check_schemes(
                     f"{place}.scheme: target {name} ({kind}) does not run {scheme}; got '{scheme}', expected {can}. "
                     "Choose one of these, or leave the target out."
                 )
+
+
+def check_plans(stages: Sequence[StageSpec], source: Path) -> None:
+    """Refuse plans that name units which the source's denoiser does not have; behind a cut it shows when it is made.
+
+    Raises:
+        RecipeError: naming the unit, with "did you mean".
+    """
+    for index, stage in enumerate(stages):
+        if stage.kind == "prune" and str(stage.options.get("component", "denoiser")) in _DENOISERS:
+            return
+        file, part = stage.options.get("plan"), str(stage.options.get("component", "denoiser"))
+        if stage.kind == "quantize" and isinstance(file, str) and part in _DENOISERS:
+            units = read_plan(Path(file))
+            check_units(units, _possible_units(source), f"stages[{index}].quantize.plan: {file}")
+
+
+def _possible_units(source: Path) -> list[str]:
+    """Return the paths of a denoiser's modules, and the names of products that could be in each."""
+    from exporter.networks.storage import build_network  # seconds to import
+    from exporter.states import components_of
+
+    part = next(part for part in components_of(source) if part.role == "denoiser")
+    modules = [name for name, _ in build_network(source / part.folder, cls=part.cls).named_modules() if name]
+    products = [f"{name}.{kind}" for name in modules for kind in (SCORES, MIXED) if "attn" in name.rpartition(".")[2]]
+    return [*modules, *products]
 
 
 def speed_gates(stages: Mapping[str, StageSpec]) -> list[Gate]:

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit, fit_means
+from calibration.narrowing import overflowing
 from calibration.qdq import Manner
 from calibration.recording import Recording
-from calibration.narrowing import overflowing
 from calibration.schemes import FP16, INT4_WEIGHTS, ROUNDING
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study

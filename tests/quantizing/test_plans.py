@@ -46,7 +46,7 @@ def test_remarks_and_empty_lines_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("conv_in\n", r"plan\.txt:1: scheme: got '', expected float \| int8"),
+        ("conv_in\n", r"plan\.txt:1: scheme: got '', expected float \| fp16 \| bf16 \| int8"),
         ("a int8\nconv_in int9\n", r"plan\.txt:2: scheme: got 'int9', expected .* Did you mean 'int8'\?"),
         ("a int8\na float\n", r"plan\.txt:2: a stands there twice"),
     ],
@@ -212,7 +212,7 @@ def test_a_scheme_that_a_target_does_not_run_is_refused_also_in_a_plan(tmp_path)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"scheme": "int7"}, r"stages\[0\]\.quantize\.scheme: got 'int7', expected 'int8', 'int8-weights' or"),
+        ({"scheme": "int7"}, r"stages\[0\]\.quantize\.scheme: got 'int7', expected 'int8', 'int8-weights', "),
         (
             {"scheme": "int8", "smoothness": 2},
             r"quantize\.smoothness: got 2, expected a number from 0 to 1",
