@@ -63,6 +63,26 @@ def main() -> int:
     return 0
 
 
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Make every call once per round, in rotating order; return its ratio to that of dense in the same round."""
+    from exporter.metrics.intervals import median_interval
+
+    for call in calls.values():
+        call()
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            started = time.perf_counter()
+            calls[name]()
+            times[name].append(1000 * (time.perf_counter() - started))
+    told: dict[str, Any] = {"rounds": rounds, "dense_ms": round(statistics.median(times["dense"]), 1)}
+    for name, taken in times.items():
+        ratios = [mine / dense for mine, dense in zip(taken, times["dense"], strict=True)]
+        told[name] = [round(value, 3) for value in (statistics.median(ratios), *median_interval(ratios))]
+    return told
+
+
 def _make(given: Namespace, _: str) -> dict[str, Any]:
     given.out.mkdir(parents=True, exist_ok=True)
     return SIZE_STEPS["make"](Namespace(family=given.family, out=given.out / "dense"))
@@ -176,7 +196,6 @@ def _together(given: Namespace, _: str) -> dict[str, Any]:
     import numpy as np
 
     import targets
-    from exporter.metrics.intervals import median_interval
 
     target, feeds = targets.target("openvino"), _feeds(given, 501.0)
     calls: dict[str, Callable[[], Any]] = {}
@@ -190,20 +209,7 @@ def _together(given: Namespace, _: str) -> dict[str, Any]:
             }
             label = variant if folder.name == "model" else f"{variant} {folder.name}"
             calls[label] = partial(session, {**feeds, **extra})
-    for call in calls.values():
-        call()
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            started = time.perf_counter()
-            calls[name]()
-            times[name].append(1000 * (time.perf_counter() - started))
-    told: dict[str, Any] = {"rounds": ROUNDS, "dense_ms": round(statistics.median(times["dense"]), 1)}
-    for name, taken in times.items():
-        ratios = [mine / dense for mine, dense in zip(taken, times["dense"], strict=True)]
-        told[name] = [round(value, 3) for value in (statistics.median(ratios), *median_interval(ratios))]
-    return told
+    return in_turn(calls, ROUNDS)
 
 
 def _table(given: Namespace, _: str) -> dict[str, Any]:

@@ -44,3 +44,16 @@ def test_the_pruning_benchmark_holds_every_variant_to_torch_and_to_dense(root: P
     for line in told:  # where the system tells it
         assert 0 < (line["peak_anonymous_mib"] or 1) <= line["peak_rss_mib"]
     assert set(end) == {"machine"}
+
+
+def test_the_quantizing_benchmark_weighs_and_times_every_scheme(root: Path, tmp_path: Path) -> None:
+    little = ("--family", "narrow", "--latent", "16", "--only", "dense;int8;int4-weights")
+    *told, end = lines_of(root, "ci/bench_real_quantizing.py", str(tmp_path), *little)
+    found = {(line["step"], line["variant"]): line for line in told}
+    assert found["fit", ""]["facts"]["calls"] == 2
+    assert found["write", "int4-weights"]["of_f32"] < found["write", "int8"]["of_f32"] < 0.3
+    ratio, low, high = found["together", ""]["int8"]
+    assert 0 < low <= ratio <= high
+    assert any("i8" in kind or "u8" in kind for kind in found["layers", "int8"]["ms"])
+    assert not any("i8" in kind or "u8" in kind for kind in found["layers", "dense"]["ms"])
+    assert set(end) == {"machine"}
