@@ -1,9 +1,10 @@
 """Takes the figures of quantizing a U-Net of Stable Diffusion 1.5's size on this machine, on random weights.
 
-``python ci/bench_real_quantizing.py OUT`` makes a random U-Net (f32), exports it, fits ranges on calls of standard normal
-inputs, writes one graph a scheme, compiles for OpenVINO bf16 and times all engines against the float one in turn, in one
-run; then it asks the runtime where the time goes. Each step is a process of its own and prints one JSON line with its
-most memory, in all and without mapped files. ``--only`` takes some of the variants, ``--steps`` some of the steps.
+``python ci/bench_real_quantizing.py OUT`` makes a random U-Net (f32), exports it, fits ranges on calls of standard
+normal inputs, writes one graph a scheme, compiles for OpenVINO bf16 and times all engines against the float one in
+turn, in one run; then it asks the runtime where the time goes. Each step is a process of its own and prints one JSON
+line with its most memory, in all and without mapped files. ``--only`` takes some of the variants, ``--steps`` some of
+the steps.
 """
 
 from __future__ import annotations
