@@ -176,6 +176,7 @@ def predictions_of(facts: Mapping[str, Any]) -> dict[str, float]:
         "spearman": additivity.get("spearman"),
         "spearman_of_one_size": min((value for value in of_one_size if value is not None), default=None),
         "latency_error": latency.get("largest_error"),
+        "latency_error_without_units": latency.get("error_without_units"),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 

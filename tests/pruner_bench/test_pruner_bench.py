@@ -221,10 +221,15 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
             "spearman": 0.97,
             "by_size": {"2": {"sets": 9, "spearman": 0.6}, "3": {"sets": 2, "spearman": 0}},
         },
-        "latency": {"largest_error": 0.12},
+        "latency": {"largest_error": 0.12, "error_without_units": 0.5},
     }
     predictions = predictions_of(facts)
-    assert predictions == {"spearman": 0.97, "spearman_of_one_size": 0.6, "latency_error": 0.12}
+    assert predictions == {
+        "spearman": 0.97,
+        "spearman_of_one_size": 0.6,
+        "latency_error": 0.12,
+        "latency_error_without_units": 0.5,
+    }
     assert predictions_of({"additivity": None}) == {}
     told = {claim.text: claim for claim in claims([row("snapfusion", kind="blocks", predictions=predictions)])}
     sums = told["the sums that snapfusion adds up rank what is measured, Spearman >= 0.8"]
@@ -232,7 +237,9 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
     assert (
         sums.told == "Spearman 0.97 over sets of all sizes, 0.60 over sets of one size, where only the choice counts."
     )
-    assert told["the latency table of snapfusion predicts whole networks within 10%"].holds is False
+    table = told["the latency table of snapfusion predicts whole networks within 10%"]
+    assert table.holds is False
+    assert table.told == ("The largest error is 12.0%, at this size, and 50.0% of the network that has no unit left.")
 
 
 @pytest.mark.parametrize(("change", "holds"), [(-2.0, False), (-0.5, True)])
