@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from exporter.pruner_bench.contestants import FEWER_STEPS
-from exporter.pruner_bench.rows import Row
+from exporter.pruner_bench.rows import ZEROS, Row
 
 _MOST_POINTS_LOST = 3.0
 _RANKS, _OFF = 0.8, 0.1
@@ -181,9 +181,9 @@ def _informed_beat_random(rows: Sequence[Row]) -> Iterator[Claim]:
         informed = [row for row in here if row.informed and row.seed == 0]
         if not chance or not informed:
             continue
+        zeros = [row.values["psnr_mean_db"].value for row in rows if row.name == ZEROS]
         worse = [row.name for row in informed if row.values["psnr_mean_db"].value <= max(chance)]
         size = f"at {target:g}x" if target else "of one size"
-        told = f"random reaches {max(chance):.1f} dB at best" + (
-            f"; not beaten by {', '.join(worse)}." if worse else "."
-        )
+        told = f"random reaches {max(chance):.1f} dB at best" + (f"; not beaten by {', '.join(worse)}" if worse else "")
+        told += f"; an answer of zeros has {zeros[0]:.1f} dB." if zeros else "."
         yield Claim(f"every informed method that removes {kind} beats random {size}, before recovery", not worse, told)

@@ -14,6 +14,9 @@ from exporter.artifact import write_text
 from exporter.errors import ArtifactError
 
 FOLDER = "rows"
+DENSE_ROW, ZEROS = "dense", "answer of zeros"
+REFERENCES = (DENSE_ROW, ZEROS)
+"""What every table begins with: the model as it is, and what a denoiser reaches that answers nothing but zeros."""
 
 
 class Value(BaseModel):
