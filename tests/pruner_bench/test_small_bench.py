@@ -15,9 +15,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(400)
-def test_a_bench_measures_every_line_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = Setting(tmp_path, 16, steps=4, latency_seconds=0.5)
-    plan = Plan(chosen(("fewer-steps", "magnitude 2:4")), (0.5,), seeds=1, recovery=0, long_recovery=0, long_images=16)
+def test_a_bench_measures_every_line_and_resumes(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, 4, batch=4, steps=4, latency_seconds=0.5, source=str(tiny_pipeline_folder))
+    plan = Plan(chosen(("fewer-steps", "magnitude 2:4")), (0.5,), seeds=1, recovery=0, long_recovery=0, long_images=4)
     rows = in_order(bench_pruners(plan, setting, Silent()))
     assert [(row.name, row.recovery, row.status) for row in rows] == [
         ("dense", 0, "ok"),
@@ -31,7 +33,6 @@ def test_a_bench_measures_every_line_and_resumes(tmp_path: Path, monkeypatch: py
     assert zeros.values["psnr_mean_db"].value < pruned.values["psnr_mean_db"].value
     assert fewer.note == "2 steps"
     assert fewer.values["latency_ratio"].value == pytest.approx(0.5, abs=0.25)
-    assert pruned.values["judge_change"].low is not None
     assert pruned.stage["prune"]["pattern"] == "2:4"
 
     def never(*_: object) -> None:
