@@ -194,7 +194,9 @@ class _Work:
         for row in rows:
             state = record.states[2 if row.recovery else 1]
             values = {**values_of(cells[state.id], state, self._component), **once}
-            values["seconds"] = Value(value=record.states[1].seconds)
+            values.pop("seconds", None)
+            if not record.states[1].reused:  # made by a call that was interrupted, which kept no time
+                values["seconds"] = Value(value=record.states[1].seconds)
             if row.recovery and "1-pruned" in cells:  # recovery changes no shape: one latency for both
                 before = values_of(cells["1-pruned"], record.states[1], self._component)
                 values |= {name: value for name, value in before.items() if name == "latency_ratio"}
