@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from exporter.pruner_bench.claims import ORDERS, claims
 from exporter.pruner_bench.contestants import CONTESTANTS, chosen
 from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
+from exporter.pruner_bench.plot import latency_against_fidelity
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import paired_change, predictions_of
 from exporter.pruner_bench.table import markdown, overview, spread
@@ -151,6 +153,25 @@ def test_pages_show_every_row_and_nothing_from_outside(tmp_path):
     kept = json.loads((tmp_path / "bench.json").read_text())
     assert [Row.model_validate(one) for one in kept["rows"]] == rows
     assert "before recovery" in (tmp_path / "bench.md").read_text()
+
+
+def test_names_in_the_drawing_do_not_cover_one_another():
+    def at(name, ratio, rate):
+        return row(name, values={"latency_ratio": Value(value=ratio), "judge_rate": Value(value=rate)})
+
+    names = [f"method {number}" for number in range(14)]
+    crowd = [at(name, 0.5 + 0.004 * number, 0.97) for number, name in enumerate(names)]
+    svg = latency_against_fidelity([*crowd, at("far", 0.9, 0.1), at("beside", 0.63, 0.97)], "title")
+    places = {
+        name: (float(x), float(y))
+        for x, y, name in re.findall(r'<text[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', svg)
+    }
+    assert set(places) >= {*names, "far", "beside"}
+    shown = [(*places[name], name) for name in [*names, "far", "beside"]]
+    for index, (x, y, name) in enumerate(shown):
+        for other_x, other_y, other in shown[index + 1 :]:
+            width = 4.5 * len(name if x < other_x else other)
+            assert abs(y - other_y) > 8 or abs(x - other_x) > width, (name, other)
 
 
 @pytest.mark.parametrize("text", ["", "half", "1.5", "0.5,0"])
