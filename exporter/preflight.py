@@ -22,6 +22,7 @@ from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
+from exporter.pruners import pruner
 from exporter.pruners.matrix import SCHEDULES, refusal
 from exporter.quantizing.checks import check_order, check_plans, check_schemes, speed_gates
 from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
@@ -169,7 +170,20 @@ def _forecast(plan: Plan, recipe: Recipe, out: Path, *, ignore_memory: bool) -> 
     expected = forecast(recipe, plan.facts, plan.source, latent=latent, measured=plan.measured, columns=plan.columns)
     check_disk(out, expected)
     notes = check_memory(expected, recipe, plan.facts, ignore=ignore_memory)
-    return replace(plan, expected=expected, notes=(*plan.notes, *notes))
+    return replace(plan, expected=expected, notes=(*plan.notes, *_uncounted(recipe), *notes))
+
+
+def _uncounted(recipe: Recipe) -> list[str]:
+    """Say which stages take time that the estimate leaves out: what they look at depends on what they find."""
+    looking = [
+        f"stages[{index}] ({stage.method})"
+        for index, stage in enumerate(recipe.stages)
+        if stage.kind == "prune" and hasattr(pruner(stage.method).options, "prompts")
+    ]
+    told = (
+        "what they draw, measure and train to choose what goes is not in the estimate; the run says how long it takes."
+    )
+    return [f"{', '.join(looking)}: {told}"] if looking else []
 
 
 def check_file(path: Path, settings: Iterable[str], out: Path | None = None) -> Plan:

@@ -20,14 +20,23 @@ from exporter.preflight import check_recipe
 from exporter.progress import Progress, Silent
 from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS, Contestant
 from exporter.pruner_bench.fitting import Fitted, Fitter, first_below
-from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
-from exporter.pruner_bench.running import DENSE, Setting, drop_heavy, make_dense, predictions_of, run_stages, values_of
+from exporter.pruner_bench.rows import DENSE_ROW, REFERENCES, ZEROS, Row, Value, find, keep_row, read_rows
+from exporter.pruner_bench.running import (
+    DENSE,
+    MEASURED_CALLS,
+    Setting,
+    drop_heavy,
+    make_dense,
+    predictions_of,
+    run_stages,
+    values_of,
+    values_of_zeros,
+)
 from exporter.recordings import export_options
 from exporter.stopwatch import TargetStopwatch
 
 _LAYOUT = 1
 _OF_EVERY_SEED = ("psnr_mean_db", "psnr_worst_db", "parameters", "seconds")
-_RECORDED = 32  # images whose calls errors are measured on
 _SEED = 11  # of what methods draw: another noise than that of measuring and of recovery
 
 
@@ -63,6 +72,7 @@ def bench_pruners(plan: Plan, setting: Setting, progress: Progress) -> list[Row]
     with locked(setting.out):
         work = _Work(plan, setting, progress)
         work.dense_row()
+        work.zeros_row()
         for contestant in plan.contestants:
             for target in (None,) if contestant.knob is None else plan.targets:
                 work.line(contestant, target)
@@ -73,7 +83,7 @@ def bench_pruners(plan: Plan, setting: Setting, progress: Progress) -> list[Row]
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Return rows in the order of the table: dense first, then contestants, seeds ascending."""
-    order = ["dense", *(contestant.name for contestant in CONTESTANTS)]
+    order = [*REFERENCES, *(contestant.name for contestant in CONTESTANTS)]
     known = [row for row in rows if row.name in order]
     return sorted(known, key=lambda row: (order.index(row.name), -(row.target or 0), row.recovery, row.seed))
 
@@ -92,11 +102,11 @@ class _Work:
     @property
     def _little(self) -> Setting:
         """What suffices for seeds after the first: the recorded calls, and no images to judge."""
-        return replace(self._setting, images=min(_RECORDED, self._setting.images), latency_seconds=2.0)
+        return replace(self._setting, images=min(MEASURED_CALLS, self._setting.images), latency_seconds=2.0)
 
     def dense_row(self) -> None:
         """Measure the dense model, which every run then links."""
-        row = Row(name="dense", kind="dense", informed=False, target=None, recovery=0, seed=0, status="ok")
+        row = Row(name=DENSE_ROW, kind="dense", informed=False, target=None, recovery=0, seed=0, status="ok")
         row = row.model_copy(update={"key": self._key(row)})
         folder = self._setting.dense
         if find(read_rows(self._setting.out), row) is None or not (folder / "engines").is_dir():
@@ -105,6 +115,13 @@ class _Work:
             values |= dict.fromkeys(("latency_ratio", "latency_ratio_batch_1"), Value(value=1.0))  # by definition
             values["macs"] = Value(value=self._macs(folder / "states" / DENSE))
             keep_row(row.model_copy(update={"values": values}), self._setting.out)
+
+    def zeros_row(self) -> None:
+        """Tell what a denoiser reaches that answers nothing but zeros."""
+        row = Row(name=ZEROS, kind="none", informed=False, target=None, recovery=0, seed=0, status="ok")
+        row = row.model_copy(update={"key": self._key(row)})
+        if find(read_rows(self._setting.out), row) is None:
+            keep_row(row.model_copy(update={"values": values_of_zeros(self._setting)}), self._setting.out)
 
     def line(self, contestant: Contestant, target: float | None) -> None:
         """Measure a contestant at one latency: before recovery with every seed, after it with the first."""
@@ -177,7 +194,9 @@ class _Work:
         for row in rows:
             state = record.states[2 if row.recovery else 1]
             values = {**values_of(cells[state.id], state, self._component), **once}
-            values["seconds"] = Value(value=record.states[1].seconds)
+            values.pop("seconds", None)
+            if not record.states[1].reused:  # made by a call that was interrupted, which kept no time
+                values["seconds"] = Value(value=record.states[1].seconds)
             if row.recovery and "1-pruned" in cells:  # recovery changes no shape: one latency for both
                 before = values_of(cells["1-pruned"], record.states[1], self._component)
                 values |= {name: value for name, value in before.items() if name == "latency_ratio"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from exporter.pruner_bench.contestants import FEWER_STEPS
-from exporter.pruner_bench.rows import Row
+from exporter.pruner_bench.rows import ZEROS, Row
 
 _MOST_POINTS_LOST = 3.0
 _RANKS, _OFF = 0.8, 0.1
@@ -137,7 +137,10 @@ def _sums_rank(rows: Sequence[Row]) -> Iterator[Claim]:
 def _tables(rows: Sequence[Row]) -> Iterator[Claim]:
     for name, found in _predicted(rows, "latency_error"):
         text = f"the latency table of {name} predicts whole networks within {_OFF:.0%}"
-        yield Claim(text, max(found) <= _OFF, f"The largest error is {max(found):.1%}, at this size.")
+        told = f"The largest error is {max(found):.1%}, at this size"
+        bare = [row.predictions.get("latency_error_without_units", 0.0) for row in rows if row.name == name]
+        told += f", and {max(bare):.1%} of the network that has no unit left." if any(bare) else "."
+        yield Claim(text, max(found) <= _OFF, told)
 
 
 def _predicted(rows: Sequence[Row], key: str) -> Iterator[tuple[str, list[float]]]:
@@ -178,9 +181,9 @@ def _informed_beat_random(rows: Sequence[Row]) -> Iterator[Claim]:
         informed = [row for row in here if row.informed and row.seed == 0]
         if not chance or not informed:
             continue
+        zeros = [row.values["psnr_mean_db"].value for row in rows if row.name == ZEROS]
         worse = [row.name for row in informed if row.values["psnr_mean_db"].value <= max(chance)]
         size = f"at {target:g}x" if target else "of one size"
-        told = f"random reaches {max(chance):.1f} dB at best" + (
-            f"; not beaten by {', '.join(worse)}." if worse else "."
-        )
+        told = f"random reaches {max(chance):.1f} dB at best" + (f"; not beaten by {', '.join(worse)}" if worse else "")
+        told += f"; an answer of zeros has {zeros[0]:.1f} dB." if zeros else "."
         yield Claim(f"every informed method that removes {kind} beats random {size}, before recovery", not worse, told)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from exporter.artifact import write_text
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.plot import latency_against_fidelity
-from exporter.pruner_bench.rows import COLUMNS, Row
+from exporter.pruner_bench.rows import COLUMNS, REFERENCES, Row
 from exporter.pruner_bench.table import HEAD, cells, grouped, markdown, overview, sections, title
 
 _PAGE = """<!doctype html>
@@ -67,12 +67,14 @@ def render(rows: Sequence[Row], setting: str) -> str:
     """Return the page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     css = (resources.files("exporter") / "report" / "page.css").read_text(encoding="utf-8")
-    dense = [row for row in rows if row.name == "dense"]
+    references = [row for row in rows if row.name in REFERENCES]
     parts = []
     for target, recovery in sections(rows):
-        chosen = [row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name != "dense"]
+        chosen = [
+            row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES
+        ]
         lines = []
-        for group in grouped([*dense, *chosen]):
+        for group in grouped([*references, *chosen]):
             words = cells(group)
             lines.append({"cells": words, "note": "" if group[0].status == "ok" else words[1]})
         parts.append({"title": title(target, recovery), "lines": lines})
@@ -95,10 +97,10 @@ def _inline(svg: str) -> str:
 
 def _drawings(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """Return file name -> heading and SVG document: before recovery, and after each length of it."""
-    dense = [row for row in rows if row.name == "dense"]
+    references = [row for row in rows if row.name in REFERENCES]
     found = {}
     for recovery in sorted({row.recovery for row in rows}):
-        ok = [row for row in rows if row.status == "ok" and row.name != "dense" and row.seed == 0]
+        ok = [row for row in rows if row.status == "ok" and row.name not in REFERENCES and row.seed == 0]
         # A schedule and the plain sampler are never trained: their rows stand beside those that are.
         trained = {row.name for row in ok if row.recovery}
         chosen = [row for row in ok if row.recovery == recovery or (recovery and row.name not in trained)]
@@ -107,6 +109,6 @@ def _drawings(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
             heading = f"Latency against fidelity, {told}"
             found[f"recovered-{recovery}" if recovery else "before"] = (
                 heading,
-                latency_against_fidelity([*dense, *chosen], heading),
+                latency_against_fidelity([*references, *chosen], heading),
             )
     return found

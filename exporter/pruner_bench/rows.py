@@ -14,6 +14,9 @@ from exporter.artifact import write_text
 from exporter.errors import ArtifactError
 
 FOLDER = "rows"
+DENSE_ROW, ZEROS = "dense", "answer of zeros"
+REFERENCES = (DENSE_ROW, ZEROS)
+"""What every table begins with: the model as it is, and what a denoiser reaches that answers nothing but zeros."""
 
 
 class Value(BaseModel):
@@ -42,7 +45,8 @@ class Row(BaseModel):
         values: by the names of `COLUMNS`; what is missing was not measured.
         predictions: how a method's own predictions compare with what it measured, where it makes any: ``spearman`` of
             summed with joint losses over sets of all sizes, ``spearman_of_one_size`` where sums are worst, and
-            ``latency_error``, the largest of its latency table for a whole network.
+            ``latency_error``, the largest of its latency table for a whole network with units, and
+            ``latency_error_without_units`` for the network that has none left.
         key: digest of everything that the values depend on but the machine.
     """
 

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from calibration.recording import Recording
 from exporter.artifact import write_text
 from exporter.errors import ComponentFailed
+from exporter.metrics.fidelity import Answers, Subset, recorded_answers, teacher_forced
 from exporter.metrics.measurement import Measurement
+from exporter.metrics.place import Place
 from exporter.progress import Progress
 from exporter.pruner_bench.rows import Value
 from exporter.recipe import Recipe, read_recipe
@@ -24,6 +28,7 @@ TARGET = "openvino"
 DENSE = "0-dense"
 _LINKED = ("states/0-dense", "recordings", "lowered", "engines/0-dense", "cells/0-dense", "images/0-dense")
 """What every run has alike; made once and linked."""
+MEASURED_CALLS = 32  # images whose calls errors are measured on
 _SETS = 8  # of one size, for a correlation to say something
 _HEAVY = ("engines", "lowered", "images", "recordings", "work")
 """What a finished run is rid of."""
@@ -96,7 +101,7 @@ class Setting:
                 "states": self.states,
                 "prompts": self.prompts,
                 "images": self.images,
-                "calls": min(32, self.images),
+                "calls": min(MEASURED_CALLS, self.images),
                 "seed": 0,
                 "latency_seconds": self.latency_seconds,
             },
@@ -140,6 +145,15 @@ def make_dense(setting: Setting, progress: Progress) -> None:
         run_stages(setting.dense, [], 0, setting, progress)
 
 
+def values_of_zeros(setting: Setting) -> dict[str, Value]:
+    """Return the errors of a denoiser that answers nothing but zeros: what lies below has nothing left of dense."""
+    found = sorted((setting.dense / "recordings").glob("dense-*/data"))
+    recording = Recording.open(found[-1])
+    wanted = recorded_answers(recording, Subset(prompts=min(MEASURED_CALLS, setting.images)))
+    zeros = Answers(wanted.timesteps, np.zeros_like(wanted.guided), np.zeros_like(wanted.raw))
+    return dict(_of_denoiser(teacher_forced(wanted, zeros, Place(DENSE, TARGET))))
+
+
 def drop_heavy(folder: Path) -> None:
     """Remove what can be made again from the states of a finished run."""
     for name in _HEAVY:
@@ -176,6 +190,7 @@ def predictions_of(facts: Mapping[str, Any]) -> dict[str, float]:
         "spearman": additivity.get("spearman"),
         "spearman_of_one_size": min((value for value in of_one_size if value is not None), default=None),
         "latency_error": latency.get("largest_error"),
+        "latency_error_without_units": latency.get("error_without_units"),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.pruner_bench.rows import Row, Value
+from exporter.pruner_bench.rows import REFERENCES, Row, Value
 
 _ERRORS = ("psnr_mean_db", "psnr_worst_db")
 HEAD = (
@@ -26,11 +26,13 @@ HEAD = (
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table of all rows, a part per latency and recovery."""
     parts = []
-    dense = [row for row in rows if row.name == "dense"]
+    references = [row for row in rows if row.name in REFERENCES]
     for target, recovery in sections(rows):
-        chosen = [row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name != "dense"]
+        chosen = [
+            row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES
+        ]
         lines = [f"**{title(target, recovery)}**", "", _line(HEAD), _line(["---"] * len(HEAD))]
-        lines += [_line(cells(group)) for group in grouped([*dense, *chosen])]
+        lines += [_line(cells(group)) for group in grouped([*references, *chosen])]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -44,7 +46,7 @@ def overview(rows: Sequence[Row]) -> str:
     short = min((row.recovery for row in rows if row.recovery), default=0)
     head = ["method", *("of one size" if target is None else f"at {target:g}x" for target in targets)]
     lines = [_line(head), _line(["---"] * len(head))]
-    for group in grouped([row for row in rows if row.name != "dense"]):
+    for group in grouped([row for row in rows if row.name not in REFERENCES]):
         here = [[row for row in group if row.target == target] for target in targets]
         lines.append(_line([group[0].name, *(_glance(found, short) for found in here)]))
     return "\n".join(lines) + "\n"
@@ -72,7 +74,7 @@ def _glance(rows: Sequence[Row], short: int) -> str:
 
 def sections(rows: Sequence[Row]) -> list[tuple[float | None, int]]:
     """Return the pairs of latency and recovery that there are: highest latency first, those of one size last."""
-    found = {(row.target, row.recovery) for row in rows if row.name != "dense"}
+    found = {(row.target, row.recovery) for row in rows if row.name not in REFERENCES}
     return sorted(found, key=lambda pair: (pair[0] is None, -(pair[0] or 0), pair[1]))
 
 

@@ -104,16 +104,24 @@ class LatencyTable:
         return replace(self, per_call=min(max(top / bottom, 0.0), least) if bottom else 0.0)
 
     def facts(self, seen: Sequence[Timed]) -> dict[str, Any]:
-        """Return what the table says and how it compares with whole networks, as JSON values."""
+        """Return what the table says and how it compares with whole networks, as JSON values.
+
+        The network without any unit has an error of its own: all that is left there is what no unit tells of.
+        """
         pairs = [[round(self.predict(timed.removed, timed.copied), 3), round(timed.ms, 3)] for timed in seen]
         errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
+        bare = [bool(timed.removed) and set(timed.removed) >= set(self.units) and not timed.copied for timed in seen]
+        with_units, without = (
+            [e for e, none in zip(errors, bare, strict=True) if none is way] for way in (False, True)
+        )
         return {
             "whole_ms": round(self.whole, 3),
             "units_ms": {path: round(value, 3) for path, value in self.units.items()},
             "rest_ms": round(self.rest, 3),
             "per_call_ms": round(self.per_call, 4),
             "predicted_and_measured_ms": pairs,
-            "largest_error": round(max(errors), 4) if errors else None,
+            "largest_error": round(max(with_units), 4) if with_units else None,
+            "error_without_units": round(max(without), 4) if without else None,
             "spearman": spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs]),
         }
 

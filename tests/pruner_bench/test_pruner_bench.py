@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from exporter.pruner_bench.claims import ORDERS, claims
 from exporter.pruner_bench.contestants import CONTESTANTS, chosen
 from exporter.pruner_bench.fitting import TOLERANCE, first_below, search
 from exporter.pruner_bench.page import write_pages
+from exporter.pruner_bench.plot import latency_against_fidelity
 from exporter.pruner_bench.rows import Row, Value, find, keep_row, read_rows
 from exporter.pruner_bench.running import paired_change, predictions_of
 from exporter.pruner_bench.table import markdown, overview, spread
@@ -153,6 +155,25 @@ def test_pages_show_every_row_and_nothing_from_outside(tmp_path):
     assert "before recovery" in (tmp_path / "bench.md").read_text()
 
 
+def test_names_in_the_drawing_do_not_cover_one_another():
+    def at(name, ratio, rate):
+        return row(name, values={"latency_ratio": Value(value=ratio), "judge_rate": Value(value=rate)})
+
+    names = [f"method {number}" for number in range(14)]
+    crowd = [at(name, 0.5 + 0.004 * number, 0.97) for number, name in enumerate(names)]
+    svg = latency_against_fidelity([*crowd, at("far", 0.9, 0.1), at("beside", 0.63, 0.97)], "title")
+    places = {
+        name: (float(x), float(y))
+        for x, y, name in re.findall(r'<text[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', svg)
+    }
+    assert set(places) >= {*names, "far", "beside"}
+    shown = [(*places[name], name) for name in [*names, "far", "beside"]]
+    for index, (x, y, name) in enumerate(shown):
+        for other_x, other_y, other in shown[index + 1 :]:
+            width = 4.5 * len(name if x < other_x else other)
+            assert abs(y - other_y) > 8 or abs(x - other_x) > width, (name, other)
+
+
 @pytest.mark.parametrize("text", ["", "half", "1.5", "0.5,0"])
 def test_latencies_that_are_none_are_refused(text, tmp_path):
     with pytest.raises(RecipeError, match=r"--latencies: got .* Write --latencies 0\.75,0\.5"):
@@ -221,10 +242,15 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
             "spearman": 0.97,
             "by_size": {"2": {"sets": 9, "spearman": 0.6}, "3": {"sets": 2, "spearman": 0}},
         },
-        "latency": {"largest_error": 0.12},
+        "latency": {"largest_error": 0.12, "error_without_units": 0.5},
     }
     predictions = predictions_of(facts)
-    assert predictions == {"spearman": 0.97, "spearman_of_one_size": 0.6, "latency_error": 0.12}
+    assert predictions == {
+        "spearman": 0.97,
+        "spearman_of_one_size": 0.6,
+        "latency_error": 0.12,
+        "latency_error_without_units": 0.5,
+    }
     assert predictions_of({"additivity": None}) == {}
     told = {claim.text: claim for claim in claims([row("snapfusion", kind="blocks", predictions=predictions)])}
     sums = told["the sums that snapfusion adds up rank what is measured, Spearman >= 0.8"]
@@ -232,7 +258,9 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
     assert (
         sums.told == "Spearman 0.97 over sets of all sizes, 0.60 over sets of one size, where only the choice counts."
     )
-    assert told["the latency table of snapfusion predicts whole networks within 10%"].holds is False
+    table = told["the latency table of snapfusion predicts whole networks within 10%"]
+    assert table.holds is False
+    assert table.told == ("The largest error is 12.0%, at this size, and 50.0% of the network that has no unit left.")
 
 
 @pytest.mark.parametrize(("change", "holds"), [(-2.0, False), (-0.5, True)])

@@ -86,6 +86,19 @@ def test_a_user_who_knows_better_goes_on_and_the_plan_says_so(
     assert any("memory: 200 MiB were free" in note and "--ignore-memory" in note for note in plan.notes)
 
 
+def test_methods_that_look_at_the_model_say_that_their_time_is_not_in_the_estimate(
+    tiny_recipe: Any, tmp_path: Path
+) -> None:
+    data = {"prompts": "shapes-train", "images": 2}
+    stages = [
+        {"prune": {"method": "magnitude", "keep_ratio": 0.9}},
+        {"prune": {"method": "taylor", "keep_ratio": 0.9, **data}},
+    ]
+    notes = check_recipe(tiny_recipe(stages=stages), tmp_path / "out").notes
+    assert [note for note in notes if "not in the estimate" in note and note.startswith("stages[1] (taylor):")]
+    assert not any("magnitude" in note for note in notes)
+
+
 def test_attention_that_a_runtime_writes_down_counts(tiny_pipeline_folder: Path) -> None:
     """Scores of two rows, two heads, 16 x 16 places each with each."""
     part = denoiser("StableDiffusionPipeline")
