@@ -141,25 +141,37 @@ def test_a_second_run_does_nothing_again(run):
     assert again.exit_code == record.exit_code
 
 
-def test_a_unit_that_is_not_there_stops_the_stage(run, tiny_pipeline_folder, tmp_path):
-    _, out = run
-    shutil.copytree(out / "states" / "0-dense", tmp_path / "out" / "states" / "0-dense")
+def test_a_unit_that_is_not_there_is_refused_before_any_work(tiny_pipeline_folder, tmp_path):
     (tmp_path / "plan.txt").write_text("mid_blok int8\n")
     stages = [{"quantize": {"scheme": "int8-weights", "plan": str(tmp_path / "plan.txt")}}]
-    recipe = read_recipe(
-        recipe_of(
-            tmp_path,
-            tiny_pipeline_folder,
-            stages,
-            measure={
-                "prompts": str(tmp_path / "prompts.txt"),
-                "images": 2,
-                "states": ["1-quantized"],
-            },
-        )
-    )
-    with pytest.raises(RecipeError, match=r"mid_blok: no such unit; .* Did you mean 'mid_block'\?"):
+    recipe = read_recipe(recipe_of(tmp_path, tiny_pipeline_folder, stages))
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.quantize\.plan: .*mid_blok: no such unit; .*'mid_block'\?"):
         run_recipe(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "states").exists()
+
+
+def test_other_components_are_quantized_too(tiny_pipeline_folder, tmp_path):
+    """The text encoder in 8 bits, the decoder in 16; the denoiser is as it was."""
+    stages = [
+        {"quantize": {"scheme": "int8", "component": "text_encoder"}},
+        {"quantize": {"scheme": "fp16", "component": "vae_decoder"}},
+    ]
+    measure = {"prompts": str(tmp_path / "prompts.txt"), "images": 2, "calls": 2, "latency_seconds": 0.3}
+    path = recipe_of(tmp_path, tiny_pipeline_folder, stages, measure=measure | {"states": "final"})
+    record = run_recipe(read_recipe(path), tmp_path / "out")
+    cells = {(cell.state, cell.target): cell for cell in record.cells}
+    for target in ("ov", "ort"):
+        cell = cells["2-quantized", target]
+        assert cell.status == "ok", cell.error
+        lowering = {item.component: item.value for item in cell.measurements if item.name == "lowering.psnr_db"}
+        assert lowering["text_encoder"] > 25
+        assert lowering["vae_decoder"] > 40
+        assert lowering["unet"] > 80
+        assert {item.component for item in cell.measurements if item.name == "latency.over_float"} == {
+            "text_encoder",
+            "vae_decoder",
+        }
+    assert record.states[2].facts["kept_in_float"] == {}
 
 
 def test_a_plan_made_by_measurement_keeps_to_its_limit(tiny_pipeline_folder, tmp_path):
