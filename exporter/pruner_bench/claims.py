@@ -10,6 +10,8 @@ from exporter.pruner_bench.rows import ZEROS, Row
 
 _MOST_POINTS_LOST = 3.0
 _RANKS, _OFF = 0.8, 0.1
+_NO_DIFFERENCE_DB = 0.5
+_ERRORS = ("psnr_mean_db", "psnr_worst_db")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Order:
         better: the line of the table that is said to be better.
         worse: the other line.
         recovered: whether the paper trains before it compares.
+        trains: whether the method itself trains, as long as the short recovery: its rival is recovered then.
     """
 
     paper: str
     better: str
     worse: str
     recovered: bool = False
+    trains: bool = False
 
 
 ORDERS = (
@@ -67,7 +71,7 @@ ORDERS = (
     Order("SparseGPT", "sparsegpt 2:4", "magnitude 2:4"),
     Order("OBS-Diff", "obs-diff 2:4", "wanda 2:4"),
     Order("OBS-Diff", "obs-diff 2:4", "sparsegpt 2:4"),
-    Order("SparseDM", "sparsedm 2:4", "magnitude 2:4"),
+    Order("SparseDM", "sparsedm 2:4", "magnitude 2:4", trains=True),
 )
 """Orders that the papers' own tables show; EcoDiff, SnapFusion and the presets have no rival of their size there."""
 
@@ -86,24 +90,50 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _published(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Hold the papers' orders to both measures: the errors of single calls, and what the judge says of whole images."""
+    """Hold the papers' orders to both measures: the errors of single calls, and what the judge says of whole images.
+
+    A measure that shows no difference leaves it to the other one; two that contradict each other decide nothing.
+    """
     short = min((row.recovery for row in rows if row.recovery), default=0)
     for order in ORDERS:
-        recovery = short if order.recovered else 0
-        here = [row for row in rows if row.recovery == recovery and not row.seed and "judge_change" in row.values]
-        better, worse = ({row.target: row for row in here if row.name == name} for name in (order.better, order.worse))
+        first = [row for row in rows if not row.seed and "judge_change" in row.values]
+        sides = ((order.better, order.recovered), (order.worse, order.recovered or order.trains))
+        better, worse = (
+            {row.target: row for row in first if row.name == name and row.recovery == (short if recovered else 0)}
+            for name, recovered in sides
+        )
         for target in sorted(set(better) & set(worse), key=lambda value: -(value or 0)):
             yield _of_order(order, target, better[target], worse[target])
 
 
 def _of_order(order: Order, target: float | None, better: Row, worse: Row) -> Claim:
     size = f"at {target:g}x" if target else "of one size"
-    when = f"after {better.recovery:,} steps" if better.recovery else "before recovery"
-    pairs = [(row.values["psnr_mean_db"].value, _change(row)) for row in (better, worse)]
-    ahead = [one > other for one, other in zip(*pairs, strict=True)]
-    holds = ahead[0] if ahead[0] == ahead[1] else None
-    told = " against ".join(f"{error:.1f} dB and {change:+.1f} points" for error, change in pairs)
+    steps = max(better.recovery, worse.recovery)
+    when = f"after {steps:,} steps" + (" of its own" if order.trains else "") if steps else "before recovery"
+    gap = better.values["psnr_mean_db"].value - worse.values["psnr_mean_db"].value
+    by_error = None if abs(gap) < _NO_DIFFERENCE_DB else gap > 0
+    by_judge = _judged(better, worse)
+    holds = by_judge if by_error is None else by_error if by_judge in (None, by_error) else None
+    errors = [" / ".join(f"{row.values[name].value:.1f}" for name in _ERRORS) for row in (better, worse)]
+    told = " against ".join(
+        f"{error} dB and {_change(row):+.1f} points" for error, row in zip(errors, (better, worse), strict=True)
+    )
     return Claim(f"{order.paper}: {order.better} beats {order.worse}, {size}, {when}", holds, f"{told}.")
+
+
+def _judged(one: Row, other: Row) -> bool | None:
+    """Return whether the judge likes one more than the other; None where the intervals of their changes overlap."""
+    low, high = _ends(one)
+    other_low, other_high = _ends(other)
+    if low > other_high:
+        return True
+    return False if high < other_low else None
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    change = row.values["judge_change"]
+    low, high = (change.value if end is None else end for end in (change.low, change.high))
+    return low, high
 
 
 def _beats_fewer_steps(rows: Sequence[Row]) -> Iterator[Claim]:
@@ -115,10 +145,12 @@ def _beats_fewer_steps(rows: Sequence[Row]) -> Iterator[Claim]:
         if others:
             best = max(others, key=_change)
             when = f"after {best.recovery:,} steps" if best.recovery else "as it is"
-            told = f"{_change(plain):+.1f} points to dense, against {_change(best):+.1f} of {best.name} {when}."
-            yield Claim(
-                f"pruning beats fewer steps of the plain sampler at {target:g}x", _change(best) > _change(plain), told
+            plain_ends, best_ends = ("{:+.1f} to {:+.1f}".format(*_ends(row)) for row in (plain, best))
+            told = (
+                f"{_change(plain):+.1f} points to dense ({plain_ends}), against {_change(best):+.1f} ({best_ends}) of "
+                f"{best.name} {when}."
             )
+            yield Claim(f"pruning beats fewer steps of the plain sampler at {target:g}x", _judged(best, plain), told)
 
 
 def _sums_rank(rows: Sequence[Row]) -> Iterator[Claim]:

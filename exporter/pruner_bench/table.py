@@ -47,8 +47,11 @@ def overview(rows: Sequence[Row]) -> str:
     head = ["method", *("of one size" if target is None else f"at {target:g}x" for target in targets)]
     lines = [_line(head), _line(["---"] * len(head))]
     for group in grouped([row for row in rows if row.name not in REFERENCES]):
+        has_sizes = any(row.target is not None for row in group)
+        missing = ["not measured" if has_sizes and target is not None else "" for target in targets]
         here = [[row for row in group if row.target == target] for target in targets]
-        lines.append(_line([group[0].name, *(_glance(found, short) for found in here)]))
+        told = (_glance(found, short) or lack for found, lack in zip(here, missing, strict=True))
+        lines.append(_line([group[0].name, *told]))
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +102,24 @@ def recipe_of(source_of: Callable[[str], Path]) -> Callable[..., Recipe]:
 def finished_of(
     recipe_of: Callable[..., Recipe], source_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Finished]:
-    """Return a function from family to its finished run, made once. Read only."""
+    """Return a function from family to its finished run, made once for all workers. Read only."""
     from exporter.progress import Silent
+    from exporter.report.writing import read_record
     from exporter.run import run_recipe
 
+    own = tmp_path_factory.getbasetemp()
+    everyones = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     found: dict[str, Finished] = {}
 
     def finished(family: str) -> Finished:
         if family not in found:
-            out = tmp_path_factory.mktemp(f"{family}-run") / "out"
-            record = run_recipe(recipe_of(family), out, progress=Silent())
+            out = everyones / f"{family}-run" / "out"
+            out.parent.mkdir(exist_ok=True)
+            with (out.parent / "lock").open("w") as alone:
+                fcntl.flock(alone, fcntl.LOCK_EX)
+                known = (out.parent / "made").is_file()
+                record = read_record(out) if known else run_recipe(recipe_of(family), out, progress=Silent())
+                (out.parent / "made").touch()
             found[family] = Finished(family, source_of(family), out, record)
         return found[family]
 

@@ -226,12 +226,14 @@ def test_the_overview_has_a_line_per_method_and_a_column_per_latency():
         row("taylor", seed=1, values={"psnr_mean_db": Value(value=32.0), "psnr_worst_db": Value(value=26.0)}),
         row("taylor", recovery=300),
         row("taylor", target=0.25, status="not reachable", values={}, note="not reachable: 0.31x"),
+        row("random", target=0.25),
         row("bk-sdm tiny", kind="blocks", target=None),
     ]
     assert overview(rows).splitlines() == [
         "| method | at 0.5x | at 0.25x | of one size |",
         "| --- | --- | --- | --- |",
         "| taylor | 0.50x, 31.0 / 25.5 dB, 10.0 to 90.0 % | not reachable: 0.31x |  |",
+        "| random | not measured | 0.50x, 30.0 / 25.0 dB, 90.0 % |  |",
         "| bk-sdm tiny |  |  | 0.50x, 30.0 / 25.0 dB, 90.0 % |",
     ]
 
@@ -263,40 +265,66 @@ def test_what_a_method_predicts_of_itself_is_held_to_what_it_measured():
     assert table.told == ("The largest error is 12.0%, at this size, and 50.0% of the network that has no unit left.")
 
 
-@pytest.mark.parametrize(("change", "holds"), [(-2.0, False), (-0.5, True)])
+@pytest.mark.parametrize(("change", "holds"), [(-2.0, False), (-0.5, None), (0.5, True)])
 def test_pruning_is_held_to_fewer_steps_of_the_plain_sampler(change, holds):
     plain = row("fewer-steps", kind="steps", informed=False, values={"judge_change": Value(value=-1.0)})
-    values = {**row("taylor").values, "judge_change": Value(value=change, low=change - 1)}
+    values = {**row("taylor").values, "judge_change": Value(value=change, low=change - 0.9, high=change + 0.9)}
     rows = [plain, row("taylor", values=values, recovery=300)]
     (claim,) = (found for found in claims(rows) if "fewer steps" in found.text)
     assert claim.holds is holds
-    assert claim.told == f"-1.0 points to dense, against {change:+.1f} of taylor after 300 steps."
+    assert claim.told == (
+        f"-1.0 points to dense (-1.0 to -1.0), against {change:+.1f} ({change - 0.9:+.1f} to {change + 0.9:+.1f}) of "
+        "taylor after 300 steps."
+    )
 
 
 @pytest.mark.parametrize(
     ("errors", "changes", "verdict"),
     [
-        ((31.0, 30.0), (-1.0, -2.0), "holds"),
-        ((29.0, 30.0), (-3.0, -2.0), "does not hold"),
-        ((31.0, 30.0), (-3.0, -2.0), "undecided"),
+        ((31.0, 30.0), (-1.0, -3.0), "holds"),
+        ((31.0, 30.0), (-2.5, -2.0), "holds"),
+        ((30.1, 30.0), (-1.0, -3.0), "holds"),
+        ((29.0, 30.0), (-3.0, -1.0), "does not hold"),
+        ((29.0, 30.0), (-2.0, -2.5), "does not hold"),
+        ((31.0, 30.0), (-3.0, -1.0), "undecided"),
+        ((30.1, 30.0), (-2.0, -2.5), "undecided"),
     ],
 )
 def test_the_orders_of_the_papers_are_held_to_both_measures(errors, changes, verdict):
-    rows = [
-        row(
-            name,
-            target=None,
-            kind="zeros",
-            values={"psnr_mean_db": Value(value=error), "judge_change": Value(value=change)},
-        )
-        for name, error, change in zip(("obs-diff 2:4", "sparsegpt 2:4"), errors, changes, strict=True)
-    ]
+    rows = []
+    for name, error, change in zip(("obs-diff 2:4", "sparsegpt 2:4"), errors, changes, strict=True):
+        values = {
+            "psnr_mean_db": Value(value=error),
+            "psnr_worst_db": Value(value=20.0),
+            "judge_change": Value(value=change, low=change - 0.5, high=change + 0.5),
+        }
+        rows.append(row(name, target=None, kind="zeros", values=values))
     (claim,) = (found for found in claims(rows) if found.text.startswith("OBS-Diff"))
     assert claim.text == "OBS-Diff: obs-diff 2:4 beats sparsegpt 2:4, of one size, before recovery"
     assert claim.verdict == verdict
     assert claim.told == (
-        f"{errors[0]:.1f} dB and {changes[0]:+.1f} points against {errors[1]:.1f} dB and {changes[1]:+.1f} points."
+        f"{errors[0]:.1f} / 20.0 dB and {changes[0]:+.1f} points against {errors[1]:.1f} / 20.0 dB and "
+        f"{changes[1]:+.1f} points."
     )
+
+
+def test_a_method_that_trains_is_compared_with_a_rival_that_was_trained_as_long():
+    values = {**row("a").values, "psnr_mean_db": Value(value=33.0)}
+    rows = [
+        row("sparsedm 2:4", target=None, kind="zeros", values=values),
+        row("magnitude 2:4", target=None, kind="zeros"),
+        row(
+            "magnitude 2:4",
+            target=None,
+            kind="zeros",
+            recovery=300,
+            values={**values, "psnr_mean_db": Value(value=34.0)},
+        ),
+    ]
+    (claim,) = (found for found in claims(rows) if found.text.startswith("SparseDM"))
+    assert claim.text == "SparseDM: sparsedm 2:4 beats magnitude 2:4, of one size, after 300 steps of its own"
+    assert claim.told.startswith("33.0 / 25.0 dB")
+    assert claim.holds is False
 
 
 def test_the_orders_name_lines_of_the_table():
