@@ -23,14 +23,17 @@ BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 
 def main(bench: Path) -> None:
     """Write everything that shows the rows of a bench."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{readme}: got no {BEGIN.strip()} and {END.strip()}, expected both lines. Put them back.")
     setting = json.loads((bench / "bench.json").read_text(encoding="utf-8"))["setting"]
     rows = in_order(read_rows(bench))
     shutil.rmtree(MEASURED, ignore_errors=True)
     MEASURED.mkdir()
     write_pages(rows, setting, MEASURED)
     (MEASURED / "bench.html").unlink()  # the command makes it; the repository shows the table
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     readme.write_text(before + BEGIN + shown(rows, setting) + END + rest.partition(END)[2], encoding="utf-8")
 
 

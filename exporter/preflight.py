@@ -31,7 +31,7 @@ from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
 from exporter.sampling import check_open_sizes, check_prompts, check_sampling
 from exporter.states import image_size, vae_scale
-from exporter.transforms import stage_options
+from exporter.transforms import stage_options, takes_prompts
 from exporter.unchanged import is_finished
 from exporter.validation import hint, one_of, options_from
 from targets.base import TargetError, TargetMissing
@@ -178,7 +178,7 @@ def _uncounted(recipe: Recipe) -> list[str]:
     looking = [
         f"stages[{index}] ({stage.method})"
         for index, stage in enumerate(recipe.stages)
-        if stage.kind == "prune" and hasattr(pruner(stage.method).options, "prompts")
+        if stage.kind == "prune" and takes_prompts(pruner(stage.method).options)
     ]
     told = (
         "what they draw, measure and train to choose what goes is not in the estimate; the run says how long it takes."

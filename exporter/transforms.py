@@ -108,10 +108,14 @@ def stage_options(recipe: Recipe, index: int) -> Any:
         raise RecipeError(msg + hint(stage.method, registry))
     method = pruner(stage.method) if stage.kind == "prune" else tuner(stage.method)
     given = stage.options
-    takes_prompts = any(field.name == "prompts" for field in fields(method.options))
-    if embedded and takes_prompts and "prompts" not in given:
+    if embedded and takes_prompts(method.options) and "prompts" not in given:
         given |= {"prompts": EMBEDDED_PROMPTS}
     return options_from(method.options, given, f"{place}.{stage.kind}")
+
+
+def takes_prompts(options: type) -> bool:
+    """Return whether a method with these options looks at what the model draws."""
+    return any(field.name == "prompts" for field in fields(options))
 
 
 def make_dense(source: Path, facts: SourceFacts, final: Path, memo: FileMemo | None = None) -> tuple[Artifact, bool]:

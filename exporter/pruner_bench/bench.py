@@ -121,7 +121,8 @@ class _Work:
         row = Row(name=ZEROS, kind="none", informed=False, target=None, recovery=0, seed=0, status="ok")
         row = row.model_copy(update={"key": self._key(row)})
         if find(read_rows(self._setting.out), row) is None:
-            keep_row(row.model_copy(update={"values": values_of_zeros(self._setting)}), self._setting.out)
+            values = values_of_zeros(self._setting, self._dense, self._progress)
+            keep_row(row.model_copy(update={"values": values}), self._setting.out)
 
     def line(self, contestant: Contestant, target: float | None) -> None:
         """Measure a contestant at one latency: before recovery with every seed, after it with the first."""
@@ -194,7 +195,6 @@ class _Work:
         for row in rows:
             state = record.states[2 if row.recovery else 1]
             values = {**values_of(cells[state.id], state, self._component), **once}
-            values.pop("seconds", None)
             if not record.states[1].reused:  # made by a call that was interrupted, which kept no time
                 values["seconds"] = Value(value=record.states[1].seconds)
             if row.recovery and "1-pruned" in cells:  # recovery changes no shape: one latency for both

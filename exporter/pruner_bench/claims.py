@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from exporter.pruner_bench.contestants import FEWER_STEPS
-from exporter.pruner_bench.rows import ZEROS, Row
+from exporter.pruner_bench.rows import ERRORS, ZEROS, Row
 
 _MOST_POINTS_LOST = 3.0
 _RANKS, _OFF = 0.8, 0.1
 _NO_DIFFERENCE_DB = 0.5
-_ERRORS = ("psnr_mean_db", "psnr_worst_db")
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class Claim:
 
     Attributes:
         text: the statement.
-        holds: None where it was not measured.
+        holds: None where it was not measured, or nothing is decided.
         told: the numbers.
+        measured: whether there is a row to answer it.
     """
 
     text: str
@@ -95,14 +95,16 @@ def _published(rows: Sequence[Row]) -> Iterator[Claim]:
     A measure that shows no difference leaves it to the other one; two that contradict each other decide nothing.
     """
     short = min((row.recovery for row in rows if row.recovery), default=0)
+    first = [row for row in rows if not row.seed and "judge_change" in row.values]
     for order in ORDERS:
-        first = [row for row in rows if not row.seed and "judge_change" in row.values]
         sides = ((order.better, order.recovered), (order.worse, order.recovered or order.trains))
         better, worse = (
             {row.target: row for row in first if row.name == name and row.recovery == (short if recovered else 0)}
             for name, recovered in sides
         )
         for target in sorted(set(better) & set(worse), key=lambda value: -(value or 0)):
+            if order.trains and better[target].stage["prune"].get("steps") != short:
+                continue  # its rival was trained for another time
             yield _of_order(order, target, better[target], worse[target])
 
 
@@ -114,7 +116,7 @@ def _of_order(order: Order, target: float | None, better: Row, worse: Row) -> Cl
     by_error = None if abs(gap) < _NO_DIFFERENCE_DB else gap > 0
     by_judge = _judged(better, worse)
     holds = by_judge if by_error is None else by_error if by_judge in (None, by_error) else None
-    errors = [" / ".join(f"{row.values[name].value:.1f}" for name in _ERRORS) for row in (better, worse)]
+    errors = [" / ".join(f"{row.values[name].value:.1f}" for name in ERRORS) for row in (better, worse)]
     told = " against ".join(
         f"{error} dB and {_change(row):+.1f} points" for error, row in zip(errors, (better, worse), strict=True)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import pairwise
 from typing import Any
@@ -105,7 +105,7 @@ def _frame(plot: Axes, points: Sequence[_Label]) -> None:
 def _name(plot: Axes, points: Sequence[_Label]) -> None:
     """Write names to the right of columns of points, in the order of their heights, where they cover nothing."""
     (left, right), (bottom, top) = plot.get_xlim(), plot.get_ylim()
-    spots = [_Spot(p.row, (p.x - left) / (right - left), (p.y - bottom) / (top - bottom)) for p in points]
+    spots = [replace(p, x=(p.x - left) / (right - left), y=(p.y - bottom) / (top - bottom)) for p in points]
     dots = [_Box(spot.x - _DOT, spot.x + _DOT, spot.y - _DOT, spot.y + _DOT) for spot in spots]
     names: list[_Box] = []
     for column in sorted(_columns(spots), key=len, reverse=True):
@@ -118,15 +118,6 @@ def _name(plot: Axes, points: Sequence[_Label]) -> None:
                 [spot.x, box.left - 0.003], [spot.y, height], color=colour, linewidth=0.5, alpha=0.6, transform=frame
             )
             plot.text(box.left, height, spot.row.name, fontsize=_FONT, color=colour, va="center", transform=frame)
-
-
-@dataclass(frozen=True)
-class _Spot:
-    """A point in shares of the axes' sides."""
-
-    row: Row
-    x: float
-    y: float
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,7 @@ def _covered(boxes: Sequence[_Box], others: Sequence[_Box]) -> int:
     return sum(box.covers(other) for box in boxes for other in others)
 
 
-def _columns(spots: Sequence[_Spot]) -> list[list[_Spot]]:
+def _columns(spots: Sequence[_Label]) -> list[list[_Label]]:
     """Return points of about the same latency together, each column from the bottom up."""
     ordered = sorted(spots, key=lambda spot: spot.x)
     columns = [ordered[:1]] if ordered else []
@@ -158,7 +149,7 @@ def _columns(spots: Sequence[_Spot]) -> list[list[_Spot]]:
     return [sorted(column, key=lambda spot: (spot.y, spot.row.name)) for column in columns]
 
 
-def _stacks(column: Sequence[_Spot]) -> Iterator[list[_Box]]:
+def _stacks(column: Sequence[_Label]) -> Iterator[list[_Box]]:
     """Yield where a column's names can stand: as near as they fit, then further up and down, then to the right."""
     heights = [spot.y for spot in column]
     for index in range(1, len(heights)):

@@ -19,6 +19,10 @@ REFERENCES = (DENSE_ROW, ZEROS)
 """What every table begins with: the model as it is, and what a denoiser reaches that answers nothing but zeros."""
 
 
+ERRORS = ("psnr_mean_db", "psnr_worst_db")
+"""Teacher-forced, over timesteps."""
+
+
 class Value(BaseModel):
     """A measured number, with its 95 % interval where there is one."""
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibration.recording import Recording
-from exporter.artifact import write_text
+from exporter.artifact import Artifact, write_text
 from exporter.errors import ComponentFailed
+from exporter.memo import FileMemo
 from exporter.metrics.fidelity import Answers, Subset, recorded_answers, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import Place
 from exporter.progress import Progress
 from exporter.pruner_bench.rows import Value
 from exporter.recipe import Recipe, read_recipe
+from exporter.recordings import dense_recording
 from exporter.report.record import CellRecord, RunRecord, StateRecord
 
 TARGET = "openvino"
@@ -145,10 +146,10 @@ def make_dense(setting: Setting, progress: Progress) -> None:
         run_stages(setting.dense, [], 0, setting, progress)
 
 
-def values_of_zeros(setting: Setting) -> dict[str, Value]:
+def values_of_zeros(setting: Setting, dense: Artifact, progress: Progress) -> dict[str, Value]:
     """Return the errors of a denoiser that answers nothing but zeros: what lies below has nothing left of dense."""
-    found = sorted((setting.dense / "recordings").glob("dense-*/data"))
-    recording = Recording.open(found[-1])
+    recipe, memo = setting.recipe(setting.dense, [], 0), FileMemo.load(setting.dense)
+    recording = dense_recording(recipe, dense, setting.dense, progress, memo)
     wanted = recorded_answers(recording, Subset(prompts=min(MEASURED_CALLS, setting.images)))
     zeros = Answers(wanted.timesteps, np.zeros_like(wanted.guided), np.zeros_like(wanted.raw))
     return dict(_of_denoiser(teacher_forced(wanted, zeros, Place(DENSE, TARGET))))
@@ -170,7 +171,6 @@ def values_of(cell: CellRecord, state: StateRecord, component: str) -> dict[str,
     """
     found: dict[str, Value] = {
         "parameters": Value(value=state.parameters[component]),
-        "seconds": Value(value=state.seconds),
     }
     for item in cell.measurements:
         if item.value is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.pruner_bench.rows import REFERENCES, Row, Value
+from exporter.pruner_bench.rows import ERRORS, REFERENCES, Row, Value
 
-_ERRORS = ("psnr_mean_db", "psnr_worst_db")
 HEAD = (
     "method",
     "loop",
@@ -63,7 +62,7 @@ def _glance(rows: Sequence[Row], short: int) -> str:
     if rows[0].status != "ok" or not before:
         return _sentence(rows[0])
     told = [f"{before[0].values['latency_ratio'].value:.2f}x"] if "latency_ratio" in before[0].values else []
-    errors = [[row.values[name].value for row in before if name in row.values] for name in _ERRORS]
+    errors = [[row.values[name].value for row in before if name in row.values] for name in ERRORS]
     if all(errors):
         told.append(" / ".join(f"{sum(values) / len(values):.1f}" for values in errors) + " dB")
     rates = [

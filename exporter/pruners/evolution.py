@@ -154,17 +154,13 @@ class Evolution:
         return float(self._means.notes.once(genome.name, find))
 
     def whole_ms(self, genome: Genome) -> float:
-        """Return the measured latency of a whole network; every one is held to the table, and makes it better.
-
-        But for the one without any unit: little is left of it but what no unit has, and a constant fitted to it is
-        wrong for all others.
-        """
+        """Return the measured latency of a whole network; every one is held to the table, and makes it better."""
         with edited(self._network, [self._blocks[path] for path in genome.removed], self.layers_of(genome)):
             ms = self._means.stopwatch.whole_ms(self._network)
         seen = Timed(frozenset(genome.removed), ms, genome.copied)
         if genome != Genome() and seen not in self._timed:
             self._timed.append(seen)
-            self.table = self.table.fitted([one for one in self._timed if len(one.removed) < len(self._blocks)])
+            self.table = self.table.fitted(self._timed)
         return ms
 
     def _value(self, now: Genome) -> dict[str, float]:

@@ -93,15 +93,22 @@ class LatencyTable:
         return self.whole - sum(self.saving(path) for path in removed) + sum(self.cost(path) for path in copied)
 
     def fitted(self, seen: Sequence[Timed]) -> LatencyTable:
-        """Return the table with the `per_call` that fits whole networks best, by least squares of relative errors."""
+        """Return the table with the `per_call` that fits whole networks best, by least squares of relative errors.
+
+        But for the network without any unit: little is left of it but what no unit has, and a constant fitted to it is
+        wrong for all others.
+        """
         top = bottom = 0.0
         bare = replace(self, per_call=0.0)
-        for timed in seen:
+        for timed in filter(self._has_units, seen):
             count = sum(path not in self.remains for path in timed.removed) - len(timed.copied)
             off = timed.ms - bare.predict(timed.removed, timed.copied)
             top, bottom = top + count * off / timed.ms**2, bottom + count**2 / timed.ms**2
         least = min(self.units.values(), default=0.0)
         return replace(self, per_call=min(max(top / bottom, 0.0), least) if bottom else 0.0)
+
+    def _has_units(self, timed: Timed) -> bool:
+        return bool(timed.copied) or not timed.removed >= self.units.keys()
 
     def facts(self, seen: Sequence[Timed]) -> dict[str, Any]:
         """Return what the table says and how it compares with whole networks, as JSON values.
@@ -110,18 +117,16 @@ class LatencyTable:
         """
         pairs = [[round(self.predict(timed.removed, timed.copied), 3), round(timed.ms, 3)] for timed in seen]
         errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
-        bare = [bool(timed.removed) and set(timed.removed) >= set(self.units) and not timed.copied for timed in seen]
-        with_units, without = (
-            [e for e, none in zip(errors, bare, strict=True) if none is way] for way in (False, True)
-        )
+        whole = [error for error, timed in zip(errors, seen, strict=True) if self._has_units(timed)]
+        bare = [error for error, timed in zip(errors, seen, strict=True) if not self._has_units(timed)]
         return {
             "whole_ms": round(self.whole, 3),
             "units_ms": {path: round(value, 3) for path, value in self.units.items()},
             "rest_ms": round(self.rest, 3),
             "per_call_ms": round(self.per_call, 4),
             "predicted_and_measured_ms": pairs,
-            "largest_error": round(max(with_units), 4) if with_units else None,
-            "error_without_units": round(max(without), 4) if without else None,
+            "largest_error": round(max(whole), 4) if whole else None,
+            "error_without_units": round(max(bare), 4) if bare else None,
             "spearman": spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs]),
         }
 

@@ -20,7 +20,7 @@ import yaml
 from exporter.artifact import MANIFEST, open_artifact
 from exporter.report.writing import read_record
 
-KILLS = 10
+KILLS = 20
 STAGES = {
     "dense": ["states/0-dense"],
     "record": ["recordings/*"],
@@ -150,7 +150,7 @@ def seconds_at_work(runs: Runs, patterns: list[str]) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, str], float], stage: str) -> None:
+def test_twenty_kills_in_a_stage_change_nothing(finished: tuple[Runs, dict[str, str], float], stage: str) -> None:
     runs, expected, whole = finished
     out, patterns = runs.out, STAGES[stage]
     chance = random.Random(stage)

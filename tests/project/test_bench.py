@@ -31,18 +31,19 @@ def test_the_benchmark_prints_every_step_and_the_ratios(root: Path, tmp_path: Pa
 
 
 def test_the_pruning_benchmark_holds_every_variant_to_torch_and_to_dense(root: Path, tmp_path: Path) -> None:
-    little = ("--family", "narrow", "--latent", "16", "--precision", "f32", "--only", "dense,bk-sdm-tiny")
+    little = ("--family", "narrow", "--latent", "16", "--precision", "f32", "--only", "dense,bk-sdm-tiny,schedule")
     steps = ("--steps", "make,prune,export,parity,compile,together")
     *told, end = lines_of(root, "ci/bench_real_pruning.py", str(tmp_path), *little, *steps)
     found = {(line["step"], line["variant"]): line for line in told}
     assert found["prune", "bk-sdm-tiny"]["kept"] < 0.6
-    for name in ("dense", "bk-sdm-tiny"):
+    assert len(found["parity", "schedule"]["psnr_db"]) == 3
+    for name in ("dense", "bk-sdm-tiny", "schedule"):
         assert all(value > 100 for value in found["parity", name]["psnr_db"].values())
     ratio, low, high = found["together", ""]["bk-sdm-tiny"]
     assert low <= ratio <= high < 1
     for line in told:  # where the system tells it
         assert 0 < (line["peak_anonymous_mib"] or 1) <= line["peak_rss_mib"]
-    assert set(end) == {"machine"}
+    assert end["machine"]["cores"] > 0
 
 
 def test_the_quantizing_benchmark_weighs_and_times_every_scheme(root: Path, tmp_path: Path) -> None:
@@ -55,4 +56,4 @@ def test_the_quantizing_benchmark_weighs_and_times_every_scheme(root: Path, tmp_
     assert 0 < low <= ratio <= high
     assert any("i8" in kind or "u8" in kind for kind in found["layers", "int8"]["ms"])
     assert not any("i8" in kind or "u8" in kind for kind in found["layers", "dense"]["ms"])
-    assert set(end) == {"machine"}
+    assert end["machine"]["cores"] > 0

@@ -310,8 +310,9 @@ def test_the_orders_of_the_papers_are_held_to_both_measures(errors, changes, ver
 
 def test_a_method_that_trains_is_compared_with_a_rival_that_was_trained_as_long():
     values = {**row("a").values, "psnr_mean_db": Value(value=33.0)}
+    own = row("sparsedm 2:4", target=None, kind="zeros", values=values, stage={"prune": {"steps": 300}})
     rows = [
-        row("sparsedm 2:4", target=None, kind="zeros", values=values),
+        own,
         row("magnitude 2:4", target=None, kind="zeros"),
         row(
             "magnitude 2:4",
@@ -325,6 +326,8 @@ def test_a_method_that_trains_is_compared_with_a_rival_that_was_trained_as_long(
     assert claim.text == "SparseDM: sparsedm 2:4 beats magnitude 2:4, of one size, after 300 steps of its own"
     assert claim.told.startswith("33.0 / 25.0 dB")
     assert claim.holds is False
+    longer = own.model_copy(update={"stage": {"prune": {"steps": 600}}})
+    assert not [found for found in claims([longer, *rows[1:]]) if found.text.startswith("SparseDM")]
 
 
 def test_the_orders_name_lines_of_the_table():
