@@ -243,7 +243,8 @@ def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
         link_file(path, out / path.name)
     export = export_options(job.lab.recipe, job.dense.path)
     digest, rounds = job.parent.part_digest(component.folder), _rounds_results(job.lab.recipe)
-    subject = Subject(component, folder, digest, export, rounds, job.lab.column, job.workdir)
+    kept = job.lab.out / "work" / "quantizing"
+    subject = Subject(component, folder, digest, export, rounds, job.lab.column, job.workdir, kept)
     return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from calibration.schemes import FP16, INT4_WEIGHTS, ROUNDING
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen
+from exporter import __version__
+from exporter.artifact import digest_of
 from exporter.errors import ComponentFailed, RecipeError, ToolMissing
 from exporter.loan import DenseLoan
 from exporter.lowering.engine import Column
@@ -27,6 +30,7 @@ from exporter.lowering.quantized import write_float_graph
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, TABLE, Quantization, write_quantization
 from exporter.progress import task
+from exporter.pruners.notes import Notes
 from exporter.quantizing.options import QuantizeOptions
 from exporter.quantizing.plan import check_units, plan_text, read_plan, schemes_of
 from exporter.quantizing.planning import Planned, Planner
@@ -50,6 +54,7 @@ class Subject:
         rounds_results: whether a target has integer kernels only for convolutions whose results are rounded.
         column: the target that plans are made for; None where none runs here.
         workdir: keeps what is done, so that an interrupted stage goes on.
+        kept: of the run: what was found out of a network outlasts the stage.
     """
 
     component: Component
@@ -59,6 +64,7 @@ class Subject:
     rounds_results: bool
     column: Column | None
     workdir: Path
+    kept: Path
 
 
 def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: Path) -> dict[str, Any]:
@@ -86,7 +92,8 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
     plan: dict[str, str] = {"": options.scheme}
     if options.limit_db is not None:
         calls, guidance = _asked(subject, recording, options, loan)
-        planned = _planned(subject, Trial(graph, found, manner, calls, guidance), options, loan)
+        known = _known(subject, recording, options, manner, loan)
+        planned = _planned(subject, Trial(graph, found, manner, calls, guidance), known, options, loan)
         plan, facts = planned.plan, facts | {"search": planned.facts}
         (out / TABLE).write_text(planned.text, encoding="utf-8")
     plan |= given
@@ -117,7 +124,16 @@ def _asked(
     return feeds, recording.guidance if recording.index.guided else None
 
 
-def _planned(subject: Subject, trial: Trial, options: QuantizeOptions, loan: DenseLoan) -> Planned:
+def _known(subject: Subject, recording: Recording, options: QuantizeOptions, manner: Manner, loan: DenseLoan) -> Notes:
+    """Return what is known of this network, these calls and this way of rounding."""
+    of = [subject.digest, subject.component.name, asdict(subject.export), recording.digest, loan.seed, loan.batch]
+    how = [asdict(options.calibration), options.smoothness, options.group_size, manner.results, version("onnxruntime")]
+    key = digest_of([of, how, __version__])
+    subject.kept.mkdir(parents=True, exist_ok=True)
+    return Notes(subject.kept / f"sensitivity-{key[:16]}.json", key)
+
+
+def _planned(subject: Subject, trial: Trial, known: Notes, options: QuantizeOptions, loan: DenseLoan) -> Planned:
     column = None if options.objective == "bytes" else subject.column
     if column is None and options.objective == "latency":
         raise RecipeError(
@@ -125,7 +141,7 @@ def _planned(subject: Subject, trial: Trial, options: QuantizeOptions, loan: Den
             "objective: bytes, or a plan."
         )
     assert options.limit_db is not None
-    return Planner(trial, options.scheme, column, subject.workdir, loan.progress).plan(options.limit_db)
+    return Planner(trial, options.scheme, column, known, subject.workdir, loan.progress).plan(options.limit_db)
 
 
 def _float_graph(subject: Subject, recording: Recording) -> Path:

@@ -14,7 +14,7 @@ from exporter.errors import RecipeError
 from exporter.quantizing.checks import check_order, check_schemes
 from exporter.quantizing.options import QuantizeOptions, quantize_options
 from exporter.quantizing.plan import check_units, plan_text, read_plan, schemes_of
-from exporter.quantizing.search import search
+from exporter.quantizing.search import Found, fastest, search
 from exporter.quantizing.trial import decibels
 from exporter.quantizing.units import unit_ms, units_of
 from exporter.recipe import StageSpec
@@ -166,6 +166,23 @@ def test_a_plan_that_the_sums_promised_wrongly_is_mended():
 def test_there_may_be_no_plan():
     assert search({"a": [0.1]}, {"a": 1.0}, 40.0, lambda chosen: [0.1]) is None
     assert search({"a": [1e-9]}, {"a": -1.0}, 40.0, lambda chosen: [1e-9]) is None
+
+
+def test_a_plan_that_is_slower_than_promised_competes_with_others():
+    slow, twin, better, never = (Found(units, 40.0, ()) for units in (("a", "b"), ("a", "b"), ("a",), ()))
+    times = {slow.units: 0.95, better.units: 0.8, never.units: 0.1}
+    asked = []
+
+    def measure(plan: Found) -> float:
+        asked.append(plan.units)
+        return times[plan.units]
+
+    found = fastest([slow, twin, better, never], lambda plan: 0.6 if "b" in plan.units else 0.79, measure)
+    assert asked == [("a", "b"), ("a",)]
+    assert [(item.plan.units, item.promised, item.measured) for item in found] == [
+        (("a",), 0.79, 0.8),
+        (("a", "b"), 0.6, 0.95),
+    ]
 
 
 def stages(*specs: dict[str, dict[str, object]]) -> list[StageSpec]:

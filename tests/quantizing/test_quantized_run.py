@@ -187,6 +187,31 @@ def test_a_plan_made_by_measurement_keeps_to_its_limit(tiny_pipeline_folder, tmp
     assert min(left) <= min(row["alone_db"] for row in told["table"] if row["scheme"] != "float")
 
 
+def test_a_plan_for_speed_is_timed_and_another_limit_asks_no_unit_again(tiny_pipeline_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(trial: Trial, schemes: Mapping[str, str]) -> list[float]:
+        asked.append(len(schemes))
+        return errors(trial, schemes)
+
+    errors = Trial.errors
+    monkeypatch.setattr(Trial, "errors", counted)
+    targets = {"ov": {"type": "openvino"}}
+    measure = {"states": "final", "prompts": str(tmp_path / "prompts.txt"), "images": 2, "calls": 2}
+    extra = {"targets": targets, "measure": measure | {"latency_seconds": 0.3}}
+    counts = []
+    for limit in (30, 25):
+        stages = [{"quantize": {"scheme": "int8", "limit_db": limit}}]
+        path = recipe_of(tmp_path, tiny_pipeline_folder, stages, **extra)
+        told = run_recipe(read_recipe(path), tmp_path / "out").states[1].facts["search"]
+        assert told["worst_db"] >= limit
+        assert told["over_float"][0]["measured"] == min(item["measured"] for item in told["over_float"])
+        assert told["quantized_units"] == told["over_float"][0]["units"]
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[0] > told["units"] > counts[1]
+
+
 def test_a_layer_whose_scale_is_off_stands_out_in_the_table(tiny_loan: DenseLoan, run, tmp_path):
     _, out = run
     state = out / "states" / "2-quantized"
