@@ -7,28 +7,31 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+import targets
 from calibration.fitting import Fit
 from calibration.qdq import Manner
+from calibration.statistics import Feeds
 from exporter.errors import RecipeError
+from exporter.lowering.engine import Column
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.quantized import write_float_graph
 from exporter.networks.quantization import FIT, QUANTIZATION, TABLE, read_quantization
+from exporter.progress import Silent
+from exporter.pruners.notes import Notes
 from exporter.quantizing.plan import read_plan
+from exporter.quantizing.planning import Planner
 from exporter.quantizing.trial import Trial, sensitivities
 from exporter.recipe import read_recipe
 from exporter.report.record import RunRecord
 from exporter.report.text import render_text
 from exporter.run import run_recipe
 from exporter.states import components_of
-
-if TYPE_CHECKING:
-    from exporter.loan import DenseLoan
 
 pytestmark = pytest.mark.slow
 
@@ -174,61 +177,79 @@ def test_other_components_are_quantized_too(tiny_pipeline_folder, tmp_path):
     assert record.states[2].facts["kept_in_float"] == {}
 
 
-def test_a_plan_made_by_measurement_keeps_to_its_limit(tiny_pipeline_folder, tmp_path):
-    stages = [{"quantize": {"scheme": "int8-weights", "limit_db": 55, "objective": "bytes"}}]
-    record = run_recipe(read_recipe(recipe_of(tmp_path, tiny_pipeline_folder, stages)), tmp_path / "out")
-    told = record.states[1].facts["search"]
-    assert told["worst_db"] >= 55
-    assert 0 < told["quantized_units"] < told["units"]
-    table = read_plan(tmp_path / "out" / "states" / "1-quantized" / "unet" / TABLE)
-    assert sum(scheme == "int8-weights" for scheme in table.values()) == told["quantized_units"]
-    assert table[""] == "float"
-    left = [row["alone_db"] for row in told["table"] if row["scheme"] == "float" and row["float_bytes"]]
-    assert min(left) <= min(row["alone_db"] for row in told["table"] if row["scheme"] != "float")
-
-
-def test_a_plan_for_speed_is_timed_and_another_limit_asks_no_unit_again(tiny_pipeline_folder, tmp_path, monkeypatch):
-    asked = []
+def test_a_plan_made_by_measurement_keeps_to_its_limit_and_another_limit_asks_no_unit_again(
+    tiny_pipeline_folder, tmp_path, monkeypatch
+):
+    asked, errors = [], Trial.errors
 
     def counted(trial: Trial, schemes: Mapping[str, str]) -> list[float]:
         asked.append(len(schemes))
         return errors(trial, schemes)
 
-    errors = Trial.errors
     monkeypatch.setattr(Trial, "errors", counted)
-    targets = {"ov": {"type": "openvino"}}
-    measure = {"states": "final", "prompts": str(tmp_path / "prompts.txt"), "images": 2, "calls": 2}
-    extra = {"targets": targets, "measure": measure | {"latency_seconds": 0.3}}
     counts = []
-    for limit in (30, 25):
-        stages = [{"quantize": {"scheme": "int8", "limit_db": limit}}]
-        path = recipe_of(tmp_path, tiny_pipeline_folder, stages, **extra)
-        told = run_recipe(read_recipe(path), tmp_path / "out").states[1].facts["search"]
-        assert told["worst_db"] >= limit
-        assert told["over_float"][0]["measured"] == min(item["measured"] for item in told["over_float"])
-        assert told["quantized_units"] == told["over_float"][0]["units"]
-        counts.append(len(asked))
+    for limit in (55, 50):
         asked.clear()
+        stages = [{"quantize": {"scheme": "int8-weights", "limit_db": limit, "objective": "bytes"}}]
+        extra = {"targets": {"ort": {"type": "onnxruntime"}}}
+        record = run_recipe(read_recipe(recipe_of(tmp_path, tiny_pipeline_folder, stages, **extra)), tmp_path / "out")
+        told = record.states[1].facts["search"]
+        assert told["worst_db"] >= limit
+        assert 0 < told["quantized_units"] <= told["units"]
+        table = read_plan(tmp_path / "out" / "states" / "1-quantized" / "unet" / TABLE)
+        assert sum(scheme == "int8-weights" for scheme in table.values()) == told["quantized_units"]
+        assert table[""] == "float"
+        counts.append(len(asked))
+        if limit == 55:
+            assert told["quantized_units"] < told["units"]
+            left = [row["alone_db"] for row in told["table"] if row["scheme"] == "float" and row["float_bytes"]]
+            assert min(left) <= min(row["alone_db"] for row in told["table"] if row["scheme"] != "float")
     assert counts[0] > told["units"] > counts[1]
 
 
-def test_a_layer_whose_scale_is_off_stands_out_in_the_table(tiny_loan: DenseLoan, run, tmp_path):
-    _, out = run
-    state = out / "states" / "2-quantized"
+@pytest.fixture(scope="module")
+def graph(run: tuple[RunRecord, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fit]:
+    """The pruned network in float, and what was fitted to it."""
+    state = run[1] / "states" / "2-quantized"
     component = next(part for part in components_of(state) if part.role == "denoiser")
     shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    graph = write_float_graph(component, state / "unet", "0" * 64, tmp_path / "graph", shapes)
-    fit = Fit.load(state / "unet" / FIT)
+    folder = tmp_path_factory.mktemp("graph") / "float"
+    return write_float_graph(component, state / "unet", "0" * 64, folder, shapes), Fit.load(state / "unet" / FIT)
+
+
+def call() -> Feeds:
     draw = np.random.default_rng(3).standard_normal
-    call = {
+    return {
         "sample": draw((2, 4, 8, 8)).astype(np.float32),
         "timestep": np.array(501.0, np.float32),
         "encoder_hidden_states": draw((2, 32, 32)).astype(np.float32),
     }
+
+
+def test_a_plan_for_speed_is_timed_on_the_target_against_float(graph, tmp_path):
+    column = Column("ov", targets.target("openvino"), targets.target("openvino").options())
+    trial = Trial(*graph, Manner(), [call()], None)
+    planner = Planner(trial, "int8", column, Notes(tmp_path / "notes.json", "this network"), tmp_path, Silent())
+    found = planner.plan(25.0).facts
+    assert found["worst_db"] >= 25
+    assert found["target"] == "ov"
+    timed = found["over_float"]
+    assert timed[0]["measured"] == min(item["measured"] for item in timed) > 0
+    assert found["quantized_units"] == timed[0]["units"]
+    promised = (
+        1
+        - sum(row["float_ms"] - row["int8_ms"] for row in found["table"] if row["scheme"] == "int8") / found["float_ms"]
+    )
+    assert timed[0]["promised"] == pytest.approx(promised, abs=0.01)
+    assert all(row["int8_ms"] < row["float_ms"] for row in found["table"] if row["scheme"] == "int8")
+
+
+def test_a_layer_whose_scale_is_off_stands_out_in_the_table(graph):
+    path, fit = graph
     layers = [f"up_blocks.1.resnets.{index}.{name}" for index in range(3) for name in ("conv1", "conv2")]
 
     def worst_first(scales: Mapping[str, float]) -> list[str]:
-        trial = Trial(graph, dataclasses.replace(fit, scales=scales), Manner(), [call], None)
+        trial = Trial(path, dataclasses.replace(fit, scales=scales), Manner(), [call()], None)
         errors = sensitivities(trial, {name: (name,) for name in layers}, "int8", lambda name, find: find())
         return sorted(layers, key=lambda name: -errors[name][0])
 
