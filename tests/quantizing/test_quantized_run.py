@@ -34,6 +34,7 @@ from exporter.run import run_recipe
 from exporter.states import components_of
 
 pytestmark = pytest.mark.slow
+RECOVERED, ROUNDED = "3-tuned", "4-quantized"
 
 
 def recipe_of(folder: Path, source: Path, stages: list[dict[str, Any]], **extra: Any) -> Path:
@@ -58,18 +59,22 @@ def recipe_of(folder: Path, source: Path, stages: list[dict[str, Any]], **extra:
 
 @pytest.fixture(scope="module")
 def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
-    """Half of the weights zero in twos of four, then 8 bits; one block by hand stays in float."""
+    """Fewer channels, two zeros of four, recovered, then 8 bits; one block and one layer by hand stay in float."""
     folder = tmp_path_factory.mktemp("rounded")
     (folder / "plan.txt").write_text("mid_block float\nconv_in float\n")
+    prompts = str(folder / "prompts.txt")
     stages = [
+        {"prune": {"method": "magnitude", "keep_ratio": 0.75, "round_to": 8}},
         {"prune": {"method": "magnitude", "cut": "weights", "pattern": "2:4", "keep_ratio": 0.5}},
+        {"tune": {"method": "distill", "steps": 4, "batch": 2, "samples": 2, "prompts": prompts}},
         {"quantize": {"scheme": "int8", "plan": str(folder / "plan.txt")}},
     ]
+    states = {"prompts": prompts, "images": 2, "calls": 2, "latency_seconds": 0.5, "states": [RECOVERED, ROUNDED]}
     out = folder / "out"
-    return run_recipe(read_recipe(recipe_of(folder, tiny_pipeline_folder, stages)), out), out
+    return run_recipe(read_recipe(recipe_of(folder, tiny_pipeline_folder, stages, measure=states)), out), out
 
 
-def found(record: RunRecord, metric: str, target: str, state: str = "2-quantized") -> float:
+def found(record: RunRecord, metric: str, target: str, state: str = ROUNDED) -> float:
     cell = next(cell for cell in record.cells if (cell.state, cell.target) == (state, target))
     assert cell.status == "ok", cell.error
     item = next(item for item in cell.measurements if item.name == metric and item.component in ("unet", None))
@@ -79,7 +84,7 @@ def found(record: RunRecord, metric: str, target: str, state: str = "2-quantized
 
 def test_the_state_holds_its_parents_weights_and_how_they_are_rounded(run):
     record, out = run
-    before, after = (out / "states" / name / "unet" for name in ("1-pruned", "2-quantized"))
+    before, after = (out / "states" / name / "unet" for name in (RECOVERED, ROUNDED))
     weights = "diffusion_pytorch_model.safetensors"
     assert (before / weights).stat().st_ino == (after / weights).stat().st_ino
     told = read_quantization(after)
@@ -87,7 +92,7 @@ def test_the_state_holds_its_parents_weights_and_how_they_are_rounded(run):
     assert dict(told.plan) == {"": "int8", "mid_block": "float", "conv_in": "float"}
     assert told.results  # for ONNX Runtime's kernels
     assert read_plan(after / TABLE) == dict(told.plan)
-    facts = record.states[2].facts
+    facts = record.states[4].facts
     assert facts["layers"]["float"] > 10
     assert facts["layers"]["int8"] > 50
 
@@ -96,8 +101,8 @@ def test_the_state_holds_its_parents_weights_and_how_they_are_rounded(run):
 def test_engines_answer_as_their_graph_says_and_near_dense(run, target):
     record, _ = run
     assert found(record, "lowering.psnr_db", target) > 25
-    pruned = found(record, "fidelity.teacher_forced.psnr_db", target, "1-pruned")
-    assert found(record, "fidelity.teacher_forced.psnr_db", target) > min(pruned, 40) - 3
+    recovered = found(record, "fidelity.teacher_forced.psnr_db", target, RECOVERED)
+    assert found(record, "fidelity.teacher_forced.psnr_db", target) > min(recovered, 40) - 3
 
 
 def test_an_engine_is_timed_against_itself_in_float(run):
@@ -110,14 +115,12 @@ def test_an_engine_is_timed_against_itself_in_float(run):
     text = render_text(record)
     for item in slower:
         assert item.high is not None
-        assert (f"2-quantized on {item.target}: unet: no faster quantized" in " ".join(text.split())) == (
-            item.high >= 1
-        )
+        assert (f"{ROUNDED} on {item.target}: unet: no faster quantized" in " ".join(text.split())) == (item.high >= 1)
 
 
 def test_the_plan_is_what_ran(run):
     record, _ = run
-    cell = next(cell for cell in record.cells if (cell.state, cell.target) == ("2-quantized", "ov"))
+    cell = next(cell for cell in record.cells if (cell.state, cell.target) == (ROUNDED, "ov"))
     layers = cell.evidence["unet"]["layers"]
     convolutions = {
         layer["name"].partition("/")[0]: layer["precision"] for layer in layers if layer["type"] == "Convolution"
@@ -210,7 +213,7 @@ def test_a_plan_made_by_measurement_keeps_to_its_limit_and_another_limit_asks_no
 @pytest.fixture(scope="module")
 def graph(run: tuple[RunRecord, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fit]:
     """The pruned network in float, and what was fitted to it."""
-    state = run[1] / "states" / "2-quantized"
+    state = run[1] / "states" / ROUNDED
     component = next(part for part in components_of(state) if part.role == "denoiser")
     shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
     folder = tmp_path_factory.mktemp("graph") / "float"
@@ -260,7 +263,7 @@ def test_a_layer_whose_scale_is_off_stands_out_in_the_table(graph):
 def test_a_quantization_that_was_tampered_with_is_refused(run, tmp_path):
     _, out = run
     folder = tmp_path / "unet"
-    shutil.copytree(out / "states" / "2-quantized" / "unet", folder)
+    shutil.copytree(out / "states" / ROUNDED / "unet", folder)
     (folder / QUANTIZATION).write_text(json.dumps({"format": 1, "plan": {"": 8}}))
     from exporter.errors import ArtifactError
 
