@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from typing import Any
 from bench_real_size import CLS, TOKENS, answer, asked, clock, emptied, feeds_of, machine, say
 from bench_real_size import STEPS as SIZE_STEPS
 
+Step = Callable[[Namespace, str], dict[str, Any]]
 VARIANTS: MappingProxyType[str, dict[str, Any] | None] = MappingProxyType(
     {
         "dense": None,
@@ -43,21 +44,31 @@ SETS = (0.1, 0.2, 0.3)  # shares of the units that are removed at random to hold
 
 def main() -> int:
     """Run one step of one variant, or all of them in processes of their own; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__ or "", VARIANTS, "make,prune,export,parity,compile,together,table")
+    parser.add_argument("--precision", default="bf16", choices=("f32", "bf16"), help="of OpenVINO")
+    return carry_out(parser.parse_args(), STEPS, PER_VARIANT)
+
+
+def parser_of(description: str, variants: Iterable[str], steps: str) -> argparse.ArgumentParser:
+    """Return the options of a script that takes figures of variants of one network, step by step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", default="make,prune,export,parity,compile,together,table", help="which, in order")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants")
+    parser.add_argument("--steps", default=steps, help="which, in order")
+    parser.add_argument("--only", default=",".join(variants), help="variants")
     parser.add_argument("--family", default="sd15", choices=("sd15", "narrow"), help="narrow tries the script itself")
     parser.add_argument("--latent", type=int, default=64, help="side of the latent")
-    parser.add_argument("--precision", default="bf16", choices=("f32", "bf16"), help="of OpenVINO")
     parser.add_argument("--alone", nargs=2, metavar=("STEP", "VARIANT"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser
+
+
+def carry_out(given: Namespace, steps: Mapping[str, Step], per_variant: Collection[str]) -> int:
+    """Run what was asked for, in processes of their own, or the one step that this process is for."""
     given.names = given.only.split(",")
     if given.alone:
         step, variant = given.alone
-        return answer(lambda: STEPS[step](given, variant))
+        return answer(lambda: steps[step](given, variant))
     for step in given.steps.split(","):
-        for variant in given.names if step in PER_VARIANT else ("",):
+        for variant in given.names if step in per_variant else ("",):
             say({"step": step, "variant": variant, **asked(step, variant)})
     say({"machine": machine()})
     return 0
@@ -273,7 +284,7 @@ def _feeds(given: Namespace, timestep: float) -> dict[str, Any]:
 
 
 PER_VARIANT = ("prune", "export", "parity", "compile")
-STEPS: MappingProxyType[str, Callable[[Namespace, str], dict[str, Any]]] = MappingProxyType(
+STEPS: MappingProxyType[str, Step] = MappingProxyType(
     {
         "make": _make,
         "prune": _prune,

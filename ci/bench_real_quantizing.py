@@ -9,24 +9,22 @@ the steps.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bench_real_pruning import in_turn
+from bench_real_pruning import Step, carry_out, in_turn, parser_of
 from bench_real_size import STEPS as SIZE_STEPS
-from bench_real_size import TOKENS, answer, asked, clock, emptied, feeds_of, machine, say
+from bench_real_size import TOKENS, clock, emptied, feeds_of
 
 VARIANTS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "dense": ("float", "float"),
         "int8": ("int8", "int8"),
-        "int8, attention products in float": ("int8", "float"),
+        "int8-but-products": ("int8", "float"),
         "int8-weights": ("int8-weights", "float"),
         "int4-weights": ("int4-weights", "float"),
     }
@@ -39,23 +37,8 @@ SLOWEST = 12
 
 def main() -> int:
     """Run one step of one variant, or all of them in processes of their own; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", default="make,float,fit,write,compile,together,layers", help="which, in order")
-    parser.add_argument("--only", default=";".join(VARIANTS), help="variants, between semicolons")
-    parser.add_argument("--family", default="sd15", choices=("sd15", "narrow"), help="narrow tries the script itself")
-    parser.add_argument("--latent", type=int, default=64, help="side of the latent")
-    parser.add_argument("--alone", nargs=2, metavar=("STEP", "VARIANT"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    given.names = given.only.split(";")
-    if given.alone:
-        step, variant = given.alone
-        return answer(lambda: STEPS[step](given, variant))
-    for step in given.steps.split(","):
-        for variant in given.names if step in PER_VARIANT else ("",):
-            say({"step": step, "variant": variant, **asked(step, variant)})
-    say({"machine": machine()})
-    return 0
+    parser = parser_of(__doc__ or "", VARIANTS, "make,float,fit,write,compile,together,layers")
+    return carry_out(parser.parse_args(), STEPS, PER_VARIANT)
 
 
 def _make(given: Namespace, _: str) -> dict[str, Any]:
@@ -98,7 +81,7 @@ def _write(given: Namespace, variant: str) -> dict[str, Any]:
     from calibration.qdq import write_quantized
     from calibration.sites import sites_of
 
-    graph, out = given.out / "float" / "model.onnx", emptied(given.out / _slug(variant) / "onnx")
+    graph, out = given.out / "float" / "model.onnx", emptied(given.out / variant / "onnx")
     layers, products = VARIANTS[variant]
     sites = sites_of(ir.load(graph).graph)
     schemes = {name: products if site.kind == "product" else layers for name, site in sites.items()}
@@ -110,9 +93,9 @@ def _write(given: Namespace, variant: str) -> dict[str, Any]:
 
 def _compile(given: Namespace, variant: str) -> dict[str, Any]:
     target = _target()
-    folder = emptied(given.out / _slug(variant) / "engine")
+    folder = emptied(given.out / variant / "engine")
     with clock() as took:
-        target.compile(given.out / _slug(variant) / "onnx" / "model.onnx", folder, target.options(precision="bf16"))
+        target.compile(given.out / variant / "onnx" / "model.onnx", folder, target.options(precision="bf16"))
     return {"seconds": took[0], "engine_bytes": _bytes(folder)}
 
 
@@ -140,7 +123,7 @@ def _layers(given: Namespace, variant: str) -> dict[str, Any]:
 
 def _open(given: Namespace, variant: str) -> Any:
     target = _target()
-    return target.open(given.out / _slug(variant) / "engine", target.options(precision="bf16"))
+    return target.open(given.out / variant / "engine", target.options(precision="bf16"))
 
 
 def _target() -> Any:
@@ -157,12 +140,8 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _slug(variant: str) -> str:
-    return variant.replace(",", "").replace(" ", "-")
-
-
 PER_VARIANT = ("write", "compile", "layers")
-STEPS: MappingProxyType[str, Callable[[Namespace, str], dict[str, Any]]] = MappingProxyType(
+STEPS: MappingProxyType[str, Step] = MappingProxyType(
     {
         "make": _make,
         "float": _float,

@@ -47,7 +47,7 @@ def test_the_pruning_benchmark_holds_every_variant_to_torch_and_to_dense(root: P
 
 
 def test_the_quantizing_benchmark_weighs_and_times_every_scheme(root: Path, tmp_path: Path) -> None:
-    little = ("--family", "narrow", "--latent", "16", "--only", "dense;int8;int4-weights")
+    little = ("--family", "narrow", "--latent", "16", "--only", "dense,int8,int4-weights")
     *told, end = lines_of(root, "ci/bench_real_quantizing.py", str(tmp_path), *little)
     found = {(line["step"], line["variant"]): line for line in told}
     assert found["fit", ""]["facts"]["calls"] == 2
