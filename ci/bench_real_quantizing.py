@@ -18,7 +18,7 @@ from typing import Any
 
 from bench_real_pruning import Step, carry_out, in_turn, parser_of
 from bench_real_size import STEPS as SIZE_STEPS
-from bench_real_size import TOKENS, clock, emptied, feeds_of
+from bench_real_size import TOKENS, clock, emptied
 
 VARIANTS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
@@ -133,7 +133,15 @@ def _target() -> Any:
 
 
 def _feeds(given: Namespace, timestep: float) -> dict[str, Any]:
-    return feeds_of(given.out / "dense" / "unet", given.latent, timestep)
+    """Return standard normal inputs of the graph's shapes; every input but the timestep."""
+    import numpy as np
+    import onnx_ir as ir
+
+    draw = np.random.default_rng(0).standard_normal
+    inputs = ir.load(given.out / "float" / "model.onnx").graph.inputs
+    shapes = {value.name or "": value.shape.numpy() for value in inputs if value.shape is not None}
+    found: dict[str, Any] = {name: draw(shape, dtype=np.float32) for name, shape in shapes.items() if shape}
+    return {**found, "timestep": np.full(shapes["timestep"], timestep, np.float32)}
 
 
 def _bytes(folder: Path) -> int:
