@@ -52,7 +52,7 @@ COLUMNS = (
     IMAGE_COLUMN,
     LATENCY_COLUMN,
     Column("size_bytes", "Size", "engine on disk"),
-    Column("lowering.psnr_db", "Lowering", "PSNR to the same state in torch"),
+    Column("lowering.psnr_db", "Lowering", "PSNR to the same state before it"),
 )
 
 
