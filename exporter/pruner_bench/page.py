@@ -15,7 +15,7 @@ from exporter.artifact import write_text
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.plot import latency_against_fidelity
 from exporter.pruner_bench.rows import COLUMNS, REFERENCES, Row
-from exporter.pruner_bench.table import HEAD, cells, grouped, markdown, overview, sections, title
+from exporter.pruner_bench.table import HEAD, cells, groups_at, markdown, overview, sections, title
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -67,14 +67,10 @@ def render(rows: Sequence[Row], setting: str) -> str:
     """Return the page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     css = (resources.files("exporter") / "report" / "page.css").read_text(encoding="utf-8")
-    references = [row for row in rows if row.name in REFERENCES]
     parts = []
     for target, recovery in sections(rows):
-        chosen = [
-            row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES
-        ]
         lines = []
-        for group in grouped([*references, *chosen]):
+        for group in groups_at(rows, target, recovery):
             words = cells(group)
             lines.append({"cells": words, "note": "" if group[0].status == "ok" else words[1]})
         parts.append({"title": title(target, recovery), "lines": lines})
@@ -96,10 +92,13 @@ def _inline(svg: str) -> str:
 
 
 def _drawings(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Return file name -> heading and SVG document: before recovery, and after each length of it."""
+    """Return file name -> heading and SVG document: before recovery, and after the short one.
+
+    Rows after the long recovery were taken on more prompts than what would stand beside them.
+    """
     references = [row for row in rows if row.name in REFERENCES]
     found = {}
-    for recovery in sorted({row.recovery for row in rows}):
+    for recovery in sorted({row.recovery for row in rows})[:2]:
         ok = [row for row in rows if row.status == "ok" and row.name not in REFERENCES and row.seed == 0]
         # A schedule and the plain sampler are never trained: their rows stand beside those that are.
         trained = {row.name for row in ok if row.recovery}

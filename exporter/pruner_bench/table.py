@@ -25,13 +25,9 @@ HEAD = (
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table of all rows, a part per latency and recovery."""
     parts = []
-    references = [row for row in rows if row.name in REFERENCES]
     for target, recovery in sections(rows):
-        chosen = [
-            row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES
-        ]
         lines = [f"**{title(target, recovery)}**", "", _line(HEAD), _line(["---"] * len(HEAD))]
-        lines += [_line(cells(group)) for group in grouped([*references, *chosen])]
+        lines += [_line(cells(group)) for group in groups_at(rows, target, recovery)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -78,6 +74,17 @@ def sections(rows: Sequence[Row]) -> list[tuple[float | None, int]]:
     """Return the pairs of latency and recovery that there are: highest latency first, those of one size last."""
     found = {(row.target, row.recovery) for row in rows if row.name not in REFERENCES}
     return sorted(found, key=lambda pair: (pair[0] is None, -(pair[0] or 0), pair[1]))
+
+
+def groups_at(rows: Sequence[Row], target: float | None, recovery: int) -> list[list[Row]]:
+    """Return the rows of each contestant in one section, behind those that all are compared with.
+
+    Rows after the long recovery were taken on more prompts than these, and stand alone.
+    """
+    short = min((row.recovery for row in rows if row.recovery), default=0)
+    beside = [row for row in rows if row.name in REFERENCES] if recovery <= short else []
+    here = [row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES]
+    return grouped([*beside, *here])
 
 
 def title(target: float | None, recovery: int) -> str:

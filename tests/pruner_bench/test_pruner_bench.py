@@ -131,6 +131,17 @@ def test_the_table_has_a_line_for_what_was_not_reached_and_what_failed():
     assert len(widths) == 1
 
 
+def test_rows_of_more_prompts_do_not_stand_beside_dense_of_fewer(tmp_path):
+    rows = [row("dense", kind="dense", target=None), *(row("laptop-diff", recovery=steps) for steps in (0, 300, 5000))]
+    lines = [line.split("|")[1].strip() for line in markdown(rows).splitlines() if line.startswith("| ")]
+    assert [line for line in lines if line != "method" and "-" * 3 not in line] == [
+        *("dense", "laptop-diff") * 2,
+        "laptop-diff",
+    ]
+    write_pages(rows, "how it was taken", tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"before", "recovered-300"}
+
+
 def test_claims_follow_from_the_rows_and_can_fail():
     good = [row("random", informed=False, values={"psnr_mean_db": Value(value=20.0)}), row("taylor")]
     assert [claim.holds for claim in claims(good)] == [None, True]
