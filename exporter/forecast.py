@@ -111,9 +111,12 @@ class _Job:
 
 
 def compare(
-    forecast: Forecast, *, memory_mib: float, disk_mib: float, seconds: float, processor_seconds: float
+    forecast: Forecast, *, memory_mib: float | None, disk_mib: float, seconds: float, processor_seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Return, for memory, disk and times, what was expected, what happened, and the ratio of the two."""
+    """Return, for memory, disk and times, what was expected, what happened, and the ratio of the two.
+
+    What nobody could see (None) is left out.
+    """
     pairs = {
         "memory_mib": (forecast.memory_mib, memory_mib),
         "disk_mib": (forecast.disk_mib, disk_mib),
@@ -123,6 +126,7 @@ def compare(
     return {
         name: {"expected": float(expected), "got": round(got, 1), "ratio": round(got / max(expected, 1), 3)}
         for name, (expected, got) in pairs.items()
+        if got is not None
     }
 
 

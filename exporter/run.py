@@ -47,6 +47,15 @@ from exporter.unchanged import note_finished, note_started
 from targets.base import TargetError
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _processor_seconds() -> float:
+    """Return what processors have worked for this process and for the ones it has started."""
+    return sum(os.times()[:4])
+
+
 @dataclass
 class _Run:
     """What one run knows so far."""
@@ -57,9 +66,10 @@ class _Run:
     progress: Progress
     memo: FileMemo
     measure_again: bool
-    started: str
-    clock: float
-    worked: float
+    started: str = field(default_factory=_now)
+    clock: float = field(default_factory=time.monotonic)
+    worked: float = field(default_factory=_processor_seconds)
+    peak_before_mib: float = field(default_factory=own_peak_rss_mib)
     shared: str = ""
     states: dict[str, Artifact] = field(default_factory=dict)
     records: list[StateRecord] = field(default_factory=list)
@@ -118,8 +128,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         ignore_memory=ignore_memory,
     )
     with locked(out):
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        run = _Run(recipe, plan, out, progress, memo, measure_again, started, time.monotonic(), _processor_seconds())
+        run = _Run(recipe, plan, out, progress, memo, measure_again)
         run.found = (out / "states").is_dir()
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
@@ -335,16 +344,17 @@ def _forecast(run: _Run) -> dict[str, dict[str, float]]:
 
     return compare(
         expected,
-        memory_mib=max(own_peak_rss_mib(), run.peak_mib),
+        memory_mib=_peak_mib(run),
         disk_mib=size_bytes(run.out) / MIB,
         seconds=time.monotonic() - run.clock,
         processor_seconds=_processor_seconds() - run.worked,
     )
 
 
-def _processor_seconds() -> float:
-    """Return what processors have worked for this process and for the ones it has started."""
-    return sum(os.times()[:4])
+def _peak_mib(run: _Run) -> float | None:
+    """Return the most memory that a process of the run had, or None: this one had more before, and keeps one mark."""
+    own = own_peak_rss_mib()
+    return max(own, run.peak_mib) if own > run.peak_before_mib else None
 
 
 def _target_records(run: _Run) -> list[TargetRecord]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from exporter.pruner_bench.contestants import FEWER_STEPS
-from exporter.pruner_bench.rows import ERRORS, ZEROS, Row
+from exporter.pruner_bench.contestants import CONTESTANTS, FEWER_STEPS
+from exporter.pruner_bench.rows import ERRORS, ZEROS, Row, short_recovery
 
 _MOST_POINTS_LOST = 3.0
 _RANKS, _OFF = 0.8, 0.1
@@ -82,7 +82,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return [
         _best_loses_little(measured),
         *_beats_fewer_steps(measured),
-        *_informed_beat_random(measured),
+        *_informed_beat_random(measured, rows),
         *_sums_rank(measured),
         *_tables(measured),
         *_published(measured),
@@ -94,7 +94,7 @@ def _published(rows: Sequence[Row]) -> Iterator[Claim]:
 
     A measure that shows no difference leaves it to the other one; two that contradict each other decide nothing.
     """
-    short = min((row.recovery for row in rows if row.recovery), default=0)
+    short = short_recovery(rows)
     first = [row for row in rows if not row.seed and "judge_change" in row.values]
     for order in ORDERS:
         sides = ((order.better, order.recovered), (order.worse, order.recovered or order.trains))
@@ -205,8 +205,11 @@ def _best_loses_little(rows: Sequence[Row]) -> Claim:
     return Claim(text, change.low >= -_MOST_POINTS_LOST, told)
 
 
-def _informed_beat_random(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Compare each informed method with the best seed of the random one of its kind and latency, before recovery."""
+def _informed_beat_random(rows: Sequence[Row], asked: Sequence[Row]) -> Iterator[Claim]:
+    """Compare each informed method with the best seed of the random one of its kind and latency, before recovery.
+
+    Methods that no row was `asked` of are named: the statement is about the others.
+    """
     kinds = sorted({(row.kind, row.target or 0.0) for row in rows if row.informed})
     for kind, target in kinds:
         here = [row for row in rows if (row.kind, row.target or 0.0) == (kind, target) and not row.recovery]
@@ -220,4 +223,11 @@ def _informed_beat_random(rows: Sequence[Row]) -> Iterator[Claim]:
         size = f"at {target:g}x" if target else "of one size"
         told = f"random reaches {max(chance):.1f} dB at best" + (f"; not beaten by {', '.join(worse)}" if worse else "")
         told += f"; an answer of zeros has {zeros[0]:.1f} dB." if zeros else "."
-        yield Claim(f"every informed method that removes {kind} beats random {size}, before recovery", not worse, told)
+        known = {row.name for row in asked if (row.target or 0.0) == target}
+        whole = [
+            one for one in CONTESTANTS if one.informed and one.kind == kind and (one.knob is not None) == (target > 0)
+        ]
+        missing = [one.name for one in whole if one.name not in known]
+        told += f" Not measured: {', '.join(missing)}." if missing else ""
+        which = "every informed method measured" if missing else "every informed method"
+        yield Claim(f"{which} that removes {kind} beats random {size}, before recovery", not worse, told)

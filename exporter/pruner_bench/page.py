@@ -14,7 +14,7 @@ from markupsafe import Markup
 from exporter.artifact import write_text
 from exporter.pruner_bench.claims import claims
 from exporter.pruner_bench.plot import latency_against_fidelity
-from exporter.pruner_bench.rows import COLUMNS, REFERENCES, Row
+from exporter.pruner_bench.rows import COLUMNS, REFERENCES, Row, short_recovery
 from exporter.pruner_bench.table import HEAD, cells, groups_at, markdown, overview, sections, title
 
 _PAGE = """<!doctype html>
@@ -98,7 +98,7 @@ def _drawings(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """
     references = [row for row in rows if row.name in REFERENCES]
     found = {}
-    for recovery in sorted({row.recovery for row in rows})[:2]:
+    for recovery in sorted({0, short_recovery(rows)}):
         ok = [row for row in rows if row.status == "ok" and row.name not in REFERENCES and row.seed == 0]
         # A schedule and the plain sampler are never trained: their rows stand beside those that are.
         trained = {row.name for row in ok if row.recovery}

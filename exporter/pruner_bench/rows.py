@@ -92,6 +92,11 @@ COLUMNS: dict[str, str] = {
 }
 
 
+def short_recovery(rows: Iterable[Row]) -> int:
+    """Return the steps of the shorter recovery; 0 where no row is recovered. Those of the longer have more prompts."""
+    return min((row.recovery for row in rows if row.recovery), default=0)
+
+
 def keep_row(row: Row, out: Path) -> None:
     """Write a row, replacing what was there."""
     folder = out / FOLDER

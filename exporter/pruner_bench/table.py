@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.pruner_bench.rows import ERRORS, REFERENCES, Row, Value
+from exporter.pruner_bench.rows import ERRORS, REFERENCES, Row, Value, short_recovery
 
 HEAD = (
     "method",
@@ -38,7 +38,7 @@ def overview(rows: Sequence[Row]) -> str:
     The rate is that of the first seed, before recovery and after the short one.
     """
     targets = list(dict.fromkeys(target for target, _ in sections(rows)))
-    short = min((row.recovery for row in rows if row.recovery), default=0)
+    short = short_recovery(rows)
     head = ["method", *("of one size" if target is None else f"at {target:g}x" for target in targets)]
     lines = [_line(head), _line(["---"] * len(head))]
     for group in grouped([row for row in rows if row.name not in REFERENCES]):
@@ -81,8 +81,7 @@ def groups_at(rows: Sequence[Row], target: float | None, recovery: int) -> list[
 
     Rows after the long recovery were taken on more prompts than these, and stand alone.
     """
-    short = min((row.recovery for row in rows if row.recovery), default=0)
-    beside = [row for row in rows if row.name in REFERENCES] if recovery <= short else []
+    beside = [row for row in rows if row.name in REFERENCES] if recovery <= short_recovery(rows) else []
     here = [row for row in rows if (row.target, row.recovery) == (target, recovery) and row.name not in REFERENCES]
     return grouped([*beside, *here])
 

@@ -149,6 +149,12 @@ def test_claims_follow_from_the_rows_and_can_fail():
     found = claims([*bad, row("taylor", recovery=300)])
     assert [claim.holds for claim in found] == [True, False]
     assert "not beaten by taylor" in found[1].told
+    assert found[1].text.startswith("every informed method measured that removes channels")
+    assert "Not measured: magnitude, diff-pruning" in found[1].told
+    unreached = [row(name, status="not reachable", values={}) for name in (one.name for one in CONTESTANTS)]
+    whole = claims([*(one for one in unreached if one.name not in ("random", "taylor")), *good])
+    assert whole[-1].line().startswith("every informed method that removes channels beats random at 0.5x")
+    assert "Not measured" not in whole[-1].told
     values = {"judge_rate": Value(value=0.9), "judge_change": Value(value=-2.5, low=-3.4, high=-1.6)}
     assert claims([row("taylor", recovery=300, values=values)])[0].holds is False
 

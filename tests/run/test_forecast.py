@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,11 +20,25 @@ from exporter.errors import RecipeError
 from exporter.forecast import Forecast, compare
 from exporter.networks.components import denoiser
 from exporter.preflight import check_recipe
+from exporter.progress import Silent
 from exporter.report.writing import read_record
+from exporter.run import run_recipe
 
 
-def test_a_finished_run_records_what_it_took_beside_what_was_expected(finished: Path) -> None:
-    found = read_record(finished).forecast
+@pytest.fixture(scope="module")
+def apart(tiny_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run by the command, in a process of its own: this one's peak is that of many other tests."""
+    folder = tmp_path_factory.mktemp("apart")
+    recipe = tiny_recipe().model_dump(mode="json", exclude_none=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [str(Path(sys.executable).with_name("exporter")), "run", "recipe.yaml", "--out", "out"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def test_a_finished_run_records_what_it_took_beside_what_was_expected(apart: Path) -> None:
+    found = read_record(apart).forecast
     assert set(found) == {"memory_mib", "disk_mib", "seconds", "processor_seconds"}
     for facts in found.values():
         assert facts["expected"] > 0
@@ -34,6 +51,14 @@ def test_the_comparison_is_got_over_expected() -> None:
     found = compare(expected, memory_mib=900.0, disk_mib=110.0, seconds=75.04, processor_seconds=40.0)
     assert found["memory_mib"] == {"expected": 1000.0, "got": 900.0, "ratio": 0.9}
     assert found["seconds"] == {"expected": 60.0, "got": 75.0, "ratio": 1.251}
+
+
+def test_memory_that_the_process_had_before_is_not_taken_for_the_run_s(tiny_recipe: Any, tmp_path: Path) -> None:
+    before = torch.ones(2 << 30, dtype=torch.uint8)  # far more than the run takes
+    del before
+    recipe = tiny_recipe(stages=[], sampling={"steps": 1})
+    found = run_recipe(recipe, tmp_path / "out", progress=Silent()).forecast
+    assert set(found) == {"disk_mib", "seconds", "processor_seconds"}
 
 
 def test_more_of_everything_is_expected_to_take_more(
@@ -67,9 +92,9 @@ def test_a_machine_too_small_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_run_takes_was_expected(finished: Path) -> None:
+def test_what_a_run_takes_was_expected(apart: Path) -> None:
     """Of the time only the order, and of processors alone: on the clock, others on this machine have their share."""
-    found = read_record(finished).forecast
+    found = read_record(apart).forecast
     assert 0.7 <= found["memory_mib"]["ratio"] <= 1.3
     assert 0.7 <= found["disk_mib"]["ratio"] <= 1.3
     assert 1 / 3 <= found["processor_seconds"]["ratio"] <= 3
