@@ -268,7 +268,11 @@ def list_pruners(
         _show(found, method_text(found), as_json)
         return
     rows = method_rows()
-    lines = [f"{row['stage']:<7}{row['method']:<21}{row['summary']}\n{'':<28}{row['options']}" for row in rows]
+    lines = []
+    for row, following in zip(rows, [*rows[1:], {}], strict=True):
+        lines.append(f"{row['stage']:<9}{row['method']:<21}{row['summary']}")
+        if row["options"] != following.get("options"):  # schemes share theirs
+            lines.append(f"{'':<30}{row['options']}")
     data = {"methods": rows, "families": matrix()}
     _show(data, "\n".join([*lines, "", matrix_text()]), as_json)
 

@@ -110,11 +110,16 @@ def method_options(name: str) -> dict[str, Any]:
 
 def method_text(found: Mapping[str, Any]) -> str:
     """Return what `method_options` found as text: what the method is, then an entry per option."""
-    options, lines = found["options"], [found["text"], ""]
+    return "\n".join([found["text"], "", *_entries(found["options"], "")])
+
+
+def _entries(options: Mapping[str, Any], prefix: str) -> list[str]:
+    lines = []
     for name, about in options.get("properties", {}).items():
-        lines.append(f"{name}: {_kind(about)}{' (required)' if name in options.get('required', []) else ''}")
+        lines.append(f"{prefix}{name}: {_kind(about)}{' (required)' if name in options.get('required', []) else ''}")
         lines.append(textwrap.indent(textwrap.fill(about.get("description", ""), _WIDTH - 4), "    "))
-    return "\n".join(lines)
+        lines += _entries(about, f"{prefix}{name}.")
+    return lines
 
 
 def _kind(about: Mapping[str, Any]) -> str:
@@ -165,6 +170,8 @@ def _option(field: Any, kind: Any) -> str:
         return f"{field.name} (required)"
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     others = [value for value in get_args(kind) if get_origin(kind) is Literal and value != default]
+    if dataclasses.is_dataclass(default):
+        return f"{field.name}={{{', '.join(inner.name for inner in dataclasses.fields(default))}}}"
     shown = list(default) if isinstance(default, tuple) else default
     return f"{field.name}={'|'.join(str(value) for value in (shown, *others))}"
 

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -51,13 +51,17 @@ def options_schema(cls: type[object]) -> dict[str, Any]:
     """Return the JSON schema of a method's options: types, limits from the fields' metadata, texts from the docstring.
 
     Args:
-        cls: a frozen dataclass. The metadata of its fields has limits by their name in JSON Schema, such as
-            ``minimum``; the ``Attributes`` of its docstring, one paragraph each, say what a field means.
+        cls: a frozen dataclass, whose fields may be such too. The metadata of its fields has limits by their name in
+            JSON Schema, such as ``minimum``; the ``Attributes`` of its docstring, one paragraph each, say what a field
+            means.
     """
     schema = _adapter(cls).json_schema()
-    told = described(cls)
+    schema.pop("$defs", None)  # nested options stand in their place: a part of a larger schema has no root to refer to
+    told, kinds = described(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         known = {"description": told[field.name]} if field.name in told else {}
+        if dataclasses.is_dataclass(kinds[field.name]):
+            schema["properties"][field.name] = options_schema(kinds[field.name])
         schema["properties"][field.name] |= {**known, **field.metadata}
     return {**schema, "description": (inspect.getdoc(cls) or "").partition("\n")[0], "additionalProperties": False}
 

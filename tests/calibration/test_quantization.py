@@ -31,13 +31,15 @@ ROWS = 2
 FEED_FORWARD = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
 
 
+def exported(loan: DenseLoan, out: Path, *, dynamic: bool = False) -> Path:
+    component = next(part for part in components_of(loan.dense.path) if part.role == "denoiser")
+    options = ExportOptions(guided=False, batch=ROWS, latent=8, tokens=32, dynamic=dynamic)
+    return write_float_graph(component, loan.dense.path / component.folder, "0" * 64, out, options)
+
+
 @pytest.fixture(scope="module")
 def graph(tiny_loan: DenseLoan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    component = next(part for part in components_of(tiny_loan.dense.path) if part.role == "denoiser")
-    folder, out = tiny_loan.dense.path / component.folder, tmp_path_factory.mktemp("float") / "graph"
-    return write_float_graph(
-        component, folder, "0" * 64, out, ExportOptions(guided=False, batch=ROWS, latent=8, tokens=32)
-    )
+    return exported(tiny_loan, tmp_path_factory.mktemp("float") / "graph")
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,12 @@ def network(tiny_loan: DenseLoan) -> nn.Module:
     return load_network(tiny_loan.dense.path / "unet", cls="UNet2DConditionModel")
 
 
-def feeds(seed: int, timestep: float = 501.0) -> dict[str, np.ndarray]:
+def feeds(seed: int, timestep: float = 501.0, rows: int = ROWS, side: int = 8) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed).standard_normal
     return {
-        "sample": draw((ROWS, 4, 8, 8)).astype(np.float32),
+        "sample": draw((rows, 4, side, side)).astype(np.float32),
         "timestep": np.array(timestep, np.float32),
-        "encoder_hidden_states": draw((ROWS, 32, 32)).astype(np.float32),
+        "encoder_hidden_states": draw((rows, 32, 32)).astype(np.float32),
     }
 
 
@@ -191,9 +193,9 @@ def everything(graph: Path, scheme: str) -> dict[str, str]:
     return dict.fromkeys(sites_of(ir.load(graph).graph), scheme)
 
 
-def distance(path: Path, graph: Path) -> float:
+def distance(path: Path, graph: Path, **shape: int) -> float:
     """Return the PSNR in dB of a quantized graph to the float one, on a call that nothing was fitted on."""
-    call = feeds(7, 301.0)
+    call = feeds(7, 301.0, **shape)
     wanted, got = answer(graph, call), answer(path, call)
     return float(10 * np.log10((wanted.max() - wanted.min()) ** 2 / np.mean((wanted - got) ** 2)))
 
@@ -205,6 +207,14 @@ def test_schemes_are_as_close_as_their_bits(graph, fitted, tmp_path):
     }
     assert found["int8-weights"] > found["int8"] > 30
     assert found["int8-weights"] - 6 > found["int4-weights"] > 30
+
+
+def test_a_graph_with_open_shapes_is_rounded_for_all_of_them(tiny_loan, tmp_path):
+    graph = exported(tiny_loan, tmp_path / "graph", dynamic=True)
+    fitted = fit(study(graph, tmp_path))
+    path = written(graph, tmp_path / "out", everything(graph, "int8"), fitted, Manner(results=True))
+    for shape in ({"rows": 1, "side": 8}, {"rows": 3, "side": 16}):
+        assert distance(path, graph, **shape) > 30, shape
 
 
 def test_rounded_results_leave_every_convolution_between_integers(graph, fitted, tmp_path):

@@ -16,6 +16,7 @@ from exporter.inspection import schema_of
 from exporter.preflight import check_recipe
 from exporter.pruners import PRUNERS
 from exporter.pruners.base import CutOptions
+from exporter.quantizing.options import QuantizeOptions
 from exporter.recipe import recipe_path
 from exporter.report.writing import read_record
 from exporter.tuning import TUNERS
@@ -95,14 +96,28 @@ def test_prompts_that_are_used_in_turn_may_be_few(tiny_recipe: Any, tmp_path: Pa
     assert check_recipe(tiny_recipe(stages=[stage])).states == ("0-dense", "1-pruned")
 
 
-def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(call: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "typo"),
+    [
+        ("shapes", {"prune": {"keep_ration": 0.5}}),
+        ("shapes-int8", {"quantize": {"schema": "int8"}}),
+        ("shapes-int8", {"quantize": {"calibration": {"sample": 1}}}),
+    ],
+)
+def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(
+    call: Any, name: str, typo: dict[str, Any]
+) -> None:
     schema = json.loads(call("schema")[1])
     jsonschema.Draft202012Validator.check_schema(schema)
-    recipe = yaml.safe_load(recipe_path("shapes").read_text())
+    recipe = yaml.safe_load(recipe_path(name).read_text())
     jsonschema.validate(recipe, schema)
-    recipe["stages"][0]["prune"]["keep_ration"] = 0.5
+    ((kind, wrong),) = typo.items()
+    recipe["stages"][0][kind] |= wrong
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(recipe, schema)
+
+
+def test_schemas_are_of_recipes_and_reports(call: Any) -> None:
     assert schema_of("report")["title"] == "RunRecord"
     assert call("schema", "cats")[0] == 2
 
@@ -113,6 +128,10 @@ def test_the_recipe_schema_takes_the_shipped_recipes_and_refuses_typos(call: Any
         (CutOptions, {}, "keep_ratio", [0.001, 1], [0, 1.001]),
         (CutOptions, {"keep_ratio": 0.5}, "round_to", [1], [0]),
         (CutOptions, {"keep_ratio": 0.5}, "parts", [["heads"]], [[], ["hats"]]),
+        (QuantizeOptions, {"scheme": "int8"}, "smoothness", [0, 1], [-0.1, 1.1]),
+        (QuantizeOptions, {"scheme": "int8"}, "group_size", [1], [0]),
+        (QuantizeOptions, {"scheme": "int8"}, "require_speedup", [0.5], [0]),
+        (QuantizeOptions, {"scheme": "int8"}, "calibration", [{}, {"samples": 1}], [{"samples": 0}, {"calls": 0}]),
         (DistillOptions, {"prompts": "everyday"}, "steps", [1], [0]),
         *((DistillOptions, {"prompts": "everyday", "steps": 1}, key, [1], [0]) for key in ("batch", "samples")),
         *((DistillOptions, {"prompts": "everyday", "steps": 1}, key, [0, 0.999], [-0.1, 1]) for key in ("ema",)),
@@ -140,7 +159,8 @@ def test_limits_in_the_schema_are_the_limits_of_the_options(
 def test_the_schema_describes_every_option_of_methods_and_targets() -> None:
     definitions = schema_of("recipe")["$defs"]
     stages = definitions["StageSpec"]["properties"]
-    for choice in (*stages["prune"]["oneOf"], *stages["tune"]["oneOf"], *definitions["TargetSpec"]["oneOf"]):
+    methods = (*stages["prune"]["oneOf"], *stages["tune"]["oneOf"], stages["quantize"])
+    for choice in (*methods, stages["quantize"]["properties"]["calibration"], *definitions["TargetSpec"]["oneOf"]):
         for key, facts in choice["properties"].items():
             assert "const" in facts or facts["description"], key
     threads = [choice["properties"]["threads"] for choice in definitions["TargetSpec"]["oneOf"]]
