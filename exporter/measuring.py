@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from exporter.artifact import Artifact
 from exporter.bench import DENSE, Bench
 from exporter.loops import loop_of_calls, scheduled_latency
 from exporter.lowering.feeds import denoiser_feeds, recorded_calls
-from exporter.lowering.rivals import Quantized
+from exporter.lowering.rivals import Lowered, Quantized
 from exporter.lowering.wrappers import MAIN_OUTPUTS, part_of, signature, wrap
 from exporter.metrics.fidelity import (
     Answer,
@@ -59,28 +58,19 @@ _COSTLY = 3
 """Units of a quantized state that are named."""
 
 
-def measure_cell(
-    state: Artifact,
-    engine: Artifact,
-    target: str,
-    bench: Bench,
-    *,
-    fixed: Path | None = None,
-    quantized: Mapping[str, Quantized] = MappingProxyType({}),
-) -> CellRecord:
+def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -> CellRecord:
     """Measure an engine of a state.
 
     Args:
         state: what was lowered.
-        engine: its engine.
+        lowered: its engine, and what that is held to.
         target: the recipe's name of the target.
         bench: what all cells share.
-        fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
-        quantized: what its quantized components are held to, by name.
 
     Raises:
         ComponentFailed: it cannot be loaded, answers with the wrong shape, or dies.
     """
+    engine, quantized = lowered.engine, lowered.quantized
     place, facts = Place(state.path.name, target), EngineFacts.of(engine)
     seconds: dict[str, float] = {}
     found: list[Measurement] = []
@@ -102,15 +92,11 @@ def measure_cell(
             for component in known:
                 name, session = component.name, sessions[component.name]
                 calls = _timed_calls(component, session, state.path, bench)
-                found += _latency(component, session, calls, facts, place.at(name), bench)
+                found += _times(_Timed(component, session, calls, facts, place.at(name), bench), lowered)
                 if isinstance(session, ChainSession):
                     fed |= {f"{name}/{part}": feeds for part, feeds in session.fed.items()}
                 else:
                     fed[name] = calls[0]
-                if name in quantized:
-                    found.append(_over_float(session, calls[0], quantized[name].floats, facts, place.at(name), bench))
-                if fixed is not None:
-                    found += _shapes(component, session, calls[0], fixed, facts, place.at(name), bench)
                 evidence[name] = session.evidence().to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()
@@ -219,55 +205,83 @@ def _denoiser(component: Component, config: Mapping[str, Any], answer: Ask) -> A
     return ask_denoiser
 
 
-def _latency(
-    component: Component,
-    session: Session,
-    calls: Sequence[Mapping[str, Array]],
-    facts: EngineFacts,
-    place: Place,
-    bench: Bench,
-) -> list[Measurement]:
+@dataclass(frozen=True)
+class _Timed:
+    """A component that is timed.
+
+    Attributes:
+        component: of the state.
+        session: of its engine.
+        calls: recorded, with the rows that the engine takes.
+        facts: of the engine.
+        place: where the measurements go.
+        bench: what all cells share.
+    """
+
+    component: Component
+    session: Session
+    calls: Sequence[Mapping[str, Array]]
+    facts: EngineFacts
+    place: Place
+    bench: Bench
+
+    @property
+    def timer(self) -> Timer:
+        mode = {"batch": self.bench.sampling["batch"], "target": self.facts.target, **self.facts.options}
+        return Timer(
+            budget_s=self.bench.recipe.measure.latency_seconds,
+            mode=lambda: Mode.read(threads=self.facts.options.get("threads"), settings=mode),
+        )
+
+    def call(self) -> object:
+        """Make the call that stands for all."""
+        return self.session(self.calls[0])
+
+
+def _times(it: _Timed, lowered: Lowered) -> list[Measurement]:
+    """Time a component against all that it is held to on its target."""
+    found, name = _latency(it), it.component.name
+    if name in lowered.quantized:
+        found.append(_over_float(it, lowered.quantized[name].floats))
+    if lowered.fixed is not None:
+        found += _shapes(it, lowered.fixed.path)
+    return found
+
+
+def _latency(it: _Timed) -> list[Measurement]:
     """Time a component on recorded calls; against the dense engine of the same target, pair by pair."""
-    timer, paired = _timer(facts, bench), bench.engines.get(place.target)
-    dense = None if paired is None else open_session(paired.path / component.name, facts)
+    name, paired, ratio = it.component.name, it.bench.engines.get(it.place.target), None
+    dense = None if paired is None else open_session(paired.path / name, it.facts)
     try:
-        if isinstance(session, ChainSession):
-            return scheduled_latency(session, calls, dense, place, timer)
-        feeds, ratio = calls[0], None
+        if isinstance(it.session, ChainSession):
+            return scheduled_latency(it.session, it.calls, dense, it.place, it.timer)
         if dense is None:
-            latency = timer.measure(lambda: session(feeds))
+            latency = it.timer.measure(it.call)
         else:
-            pairs = timer.interleaved(lambda: session(feeds), lambda: dense(feeds))
+            pairs = it.timer.interleaved(it.call, lambda: dense(it.calls[0]))
             latency, ratio = pairs.a, pairs.ratio(DENSE)
     finally:
         if dense is not None:
             dense.close()
-    loop = [loop_of_calls(latency, len(calls), place, ratio)] if component.role == "denoiser" else []
-    return [*latency_measurements(latency, place, ratio), *loop]
+    loop = [loop_of_calls(latency, len(it.calls), it.place, ratio)] if it.component.role == "denoiser" else []
+    return [*latency_measurements(latency, it.place, ratio), *loop]
 
 
-def _over_float(
-    session: Session,
-    feeds: Mapping[str, Array],
-    floats: Mapping[str, Path],
-    facts: EngineFacts,
-    place: Place,
-    bench: Bench,
-) -> Measurement:
+def _over_float(it: _Timed, floats: Mapping[str, Path]) -> Measurement:
     """Time a quantized component against itself in float, at every precision, pair by pair; the fastest one counts."""
-    timer, ratios = _timer(facts, bench), {}
+    ratios = {}
     for precision, engine in floats.items():
-        options = {**facts.options, "precision": precision} if precision else facts.options
-        other = open_session(engine, replace(facts, options=options))
+        options = {**it.facts.options, "precision": precision} if precision else it.facts.options
+        other = open_session(engine, replace(it.facts, options=options))
         try:
-            pairs = timer.interleaved(lambda: session(feeds), lambda other=other: other(feeds))  # type: ignore[misc]
+            pairs = it.timer.interleaved(it.call, lambda other=other: other(it.calls[0]))  # type: ignore[misc]
         finally:
             other.close()
         ratios[precision] = pairs.ratio(f"the same in {precision or 'float'}")
     worst = max(ratios.values(), key=lambda ratio: ratio.value)
     detail = {precision: ratio.model_dump() for precision, ratio in ratios.items()}
     note = f"one call over {worst.to}, the fastest float engine of {', '.join(ratios) or 'float'} here"
-    return place.measured(
+    return it.place.measured(
         "latency.over_float",
         worst.value,
         "",
@@ -280,36 +294,20 @@ def _over_float(
     )
 
 
-def _shapes(  # noqa: PLR0913 - what is timed, and where it goes
-    component: Component,
-    session: Session,
-    feeds: Mapping[str, Array],
-    fixed: Path,
-    facts: EngineFacts,
-    place: Place,
-    bench: Bench,
-) -> list[Measurement]:
+def _shapes(it: _Timed, fixed: Path) -> list[Measurement]:
     """Time a component at each point of the recipe's shapes, and the denoiser against one with fixed shapes."""
+    bench, feeds = it.bench, it.calls[0]
     assert bench.recipe.shapes is not None
     points = points_of(bench.recipe.shapes, bench.sampling["size"])
     own = bench.sampling | {"batch": min(bench.sampling["batch"], bench.recording.count)}
-    timer = _timer(facts, bench)
-    found = [measure_points(session, feeds, points, place, timer, own)]
-    if component.role == "denoiser":
-        other = open_session(fixed, facts)
+    found = [measure_points(it.session, feeds, points, it.place, it.timer, own)]
+    if it.component.role == "denoiser":
+        other = open_session(fixed, it.facts)
         try:
-            found.append(measure_cost(session, other, feeds, place, timer))
+            found.append(measure_cost(it.session, other, feeds, it.place, it.timer))
         finally:
             other.close()
     return found
-
-
-def _timer(facts: EngineFacts, bench: Bench) -> Timer:
-    mode = {"batch": bench.sampling["batch"], "target": facts.target, **facts.options}
-    return Timer(
-        budget_s=bench.recipe.measure.latency_seconds,
-        mode=lambda: Mode.read(threads=facts.options.get("threads"), settings=mode),
-    )
 
 
 def _timed_calls(component: Component, session: Session, state: Path, bench: Bench) -> list[dict[str, Array]]:

@@ -17,19 +17,18 @@ from exporter.errors import ExporterError, Findings, RecipeError, SourceError, T
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
-from exporter.networks.components import check_requested, components, family
+from exporter.networks.components import check_requested
 from exporter.networks.loras import find_lora
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import Choice, SourceFacts, check_source, open_source
 from exporter.prompts import prompt_set
 from exporter.pruners import pruner
-from exporter.pruners.matrix import SCHEDULES, refusal
-from exporter.quantizing.checks import check_order, check_plans, check_schemes, speed_gates
-from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
+from exporter.quantizing.checks import check_plans, speed_gates
 from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
 from exporter.sampling import check_open_sizes, check_prompts, check_sampling
+from exporter.stage_checks import check_data, check_stages
 from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options, takes_prompts
 from exporter.unchanged import is_finished
@@ -143,7 +142,7 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     measured = _measured(recipe, made, states)
     for index in range(len(recipe.stages)):
         with found.gather():
-            _check_data(recipe, index, stage_options(recipe, index))
+            check_data(recipe, index, stage_options(recipe, index))
     columns, problems = _columns(recipe, targets, found)
     for index, gate in enumerate(recipe.gates):
         with found.gather():
@@ -216,34 +215,12 @@ def _prompts(recipe: Recipe) -> tuple[str, ...]:
     return prompts[: recipe.measure.images]
 
 
-def _check_data(recipe: Recipe, index: int, options: Any) -> None:
-    """Refuse prompts of a stage that are not there, or are too few, before the run reaches it."""
-    place = f"stages[{index}].{recipe.stages[index].kind}"
-    if isinstance(options, QuantizeOptions):
-        kinds = {name: spec.type for name, spec in recipe.targets.items()}
-        offered = {kind: targets.target(kind).schemes for kind in kinds.values() if kind in targets.TARGETS}
-        check_schemes(options, place, offered, kinds)
-        options, place = options.calibration, f"{place}.calibration"
-    named = getattr(options, "prompts", None)
-    if named is None:
-        return
-    try:
-        known = len(prompt_set(named).prompts)
-    except RecipeError as error:
-        raise RecipeError(f"{place}.prompts: {error}") from error
-    wanted = getattr(options, "least_prompts", 1)
-    if known < wanted:
-        key = "samples" if isinstance(options, CalibrationOptions) else "images"
-        got = f"{place}.{key}: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
-        raise RecipeError(f"{got} Lower {key} or give more prompts.")
-
-
 def _check_fit(recipe: Recipe, facts: SourceFacts, source: Path, prompts: tuple[str, ...], found: Findings) -> None:
     """Gather what the recipe asks of its source that this one does not have."""
     with found.gather():
         check_requested(facts.pipeline_class, recipe.export.requested)
     with found.gather():
-        _check_stages(recipe, facts)
+        check_stages(recipe, facts)
     with found.gather():
         check_plans(recipe.stages, source)
     with found.gather():
@@ -377,32 +354,3 @@ def _choice_of(recipe: Recipe, memo: FileMemo) -> Choice:
         ),
         single_file=Path(given.path or "").expanduser() if _is_single_file(recipe) else None,
     )
-
-
-def _check_stages(recipe: Recipe, facts: SourceFacts) -> None:
-    names = {part.name for part in components(facts.pipeline_class)} | {"denoiser"}
-    scheduled = [index for index, stage in enumerate(recipe.stages) if stage.method in SCHEDULES]
-    if len(scheduled) > 1:
-        first, second = (recipe.stages[index].method for index in scheduled[:2])
-        raise RecipeError(
-            f"stages[{scheduled[1]}].prune.method: got {second} after {first} in stages[{scheduled[0]}], expected one "
-            "schedule of steps. Remove one of them."
-        )
-    check_order(recipe.stages)
-    for index, stage in enumerate(recipe.stages):
-        if stage.kind == "tune" and not family(facts.pipeline_class).distills:
-            raise RecipeError(
-                f"stages[{index}].tune: cannot distil this family; got {facts.pipeline_class}, expected one with a "
-                "schedule of betas that draws from prompts. Remove the stage."
-            )
-        reason = refusal(stage.method, facts.pipeline_class) if stage.kind == "prune" else ""
-        if reason:
-            raise RecipeError(
-                f"stages[{index}].prune.method: {stage.method} does not prune {facts.pipeline_class}: {reason}. Choose "
-                "another method: `exporter pruners` lists which prunes what."
-            )
-        wanted = stage.options.get("component", "denoiser")
-        if wanted not in names:
-            place = f"stages[{index}].{stage.kind}.component"
-            msg = f"{place}: got '{wanted}', expected {one_of(sorted(names))}.{hint(str(wanted), names)}"
-            raise RecipeError(msg)

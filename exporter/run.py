@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,8 @@ from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.lowering.engine import (
-    Column,
-    Workshop,
-    compile_fixed,
-    compile_state,
-    export_state,
-    tokens_of,
-)
-from exporter.lowering.rivals import Quantized, quantized_of
+from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state, tokens_of
+from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
@@ -220,7 +212,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         fixed = None
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
-        cell = _measured(run, state, column, bench, _Lowered(engine, fixed, quantized))
+        cell = _measured(run, state, column, bench, Lowered(engine, fixed, quantized))
         if name == DENSE:
             bench.engines[column.name] = engine
         told = ["engine reused"] if len(shop.made) == made else []
@@ -234,28 +226,18 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         return CellRecord(state=name, target=column.name, status="failed", error=f"{error}{note}")
 
 
-@dataclass(frozen=True)
-class _Lowered:
-    """An engine, the denoiser with fixed shapes where the recipe opens them, and what is quantized."""
-
-    engine: Artifact
-    fixed: Artifact | None
-    quantized: Mapping[str, Quantized]
-
-
-def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered: _Lowered) -> CellRecord:
+def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered: Lowered) -> CellRecord:
     """Return an earlier run's cell where nothing that it depends on has changed, or measure."""
-    name, engine, fixed = state.path.name, lowered.engine, lowered.fixed
+    name = state.path.name
     paired = None if name == DENSE else bench.engines.get(column.name)
-    key = cell_key(run.shared, state, engine, dense_engine=paired, fixed=fixed)
+    key = cell_key(run.shared, state, lowered.engine, dense_engine=paired, fixed=lowered.fixed)
     kept = Cells(run.out, run.memo)
     cell = None if run.measure_again else kept.find(name, column.name, key)
     if cell is not None:
         return cell
     from exporter.measuring import measure_cell  # seconds to import
 
-    place = None if fixed is None else fixed.path
-    cell = measure_cell(state, engine, column.name, bench, fixed=place, quantized=lowered.quantized)
+    cell = measure_cell(state, lowered, column.name, bench)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cell = cell.model_copy(update={"measured_at": now})
     kept.keep(cell, key)

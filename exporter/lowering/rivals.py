@@ -25,6 +25,21 @@ class Quantized:
     floats: Mapping[str, Path]
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A state on a target, and what it is held to there.
+
+    Attributes:
+        engine: of all its components.
+        fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
+        quantized: what its quantized components are held to, by name.
+    """
+
+    engine: Artifact
+    fixed: Artifact | None
+    quantized: Mapping[str, Quantized]
+
+
 def quantized_of(
     exported: Mapping[str, Artifact], earlier: Sequence[Artifact], column: Column, shop: Workshop
 ) -> dict[str, Quantized]:
