@@ -45,6 +45,7 @@ class Network:
         weights: how many tensors its state dict has: what tracing and opening it cost goes with it.
         mib: in float32, of the part that its engine holds; `stored_mib` as the source stores that part.
         whole_mib: in float32, of the network that torch loads, both halves of an autoencoder.
+        sample_mib: of one row of its first input, in float32; `given_mib` of one row of all the others.
     """
 
     flops: float
@@ -55,6 +56,8 @@ class Network:
     mib: float
     stored_mib: float
     whole_mib: float
+    sample_mib: float
+    given_mib: float
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def cost_of(part: Component, source: Path, stored_bytes: int, rows: int, latent:
         mib=held * FLOAT / MIB,
         stored_mib=stored_bytes * share / MIB,
         whole_mib=_numbers(whole) * FLOAT / MIB,
+        sample_mib=seen.sample * FLOAT / MIB,
+        given_mib=seen.given * FLOAT / MIB,
     )
 
 
@@ -129,6 +134,8 @@ class _Seen:
     widest: int = 0
     scores: int = 0
     kept: int = 0
+    sample: int = 0
+    given: int = 0
 
 
 class _Scores(TorchDispatchMode):
@@ -174,6 +181,8 @@ def _traced_cost(module: nn.Module, rows: int, latent: int) -> _Seen:
     for hook in hooks:
         hook.remove()
     seen.flops = float(counter.get_total_flops())
+    seen.sample, *others = (feed.numel() // rows for feed in feeds)
+    seen.given = sum(others)
     return seen
 
 

@@ -35,6 +35,8 @@ _TRAINED = 5.0  # weights, gradients, two moments and an average
 _LOOKED_AT_COPIES, _LOOKED_AT_SCORES = 2.0, 3.0  # of weights and attention scores in a graph that values are watched in
 _LEFT_MIB, _LEFT_COPIES, _LEFT_MOST_MIB = 40.0, 2.5, 120.0  # what a state leaves in the heap; larger tensors leave none
 
+_RECORDED = 4  # tensors of a recorded call that are as large as its sample, where there is guidance
+
 # Seconds of one core, on a machine to itself.
 _REACHED = {"torch": 0.55, "openvino": 0.65, "onnxruntime": 0.42}  # of the test's speed, by whole networks
 _REACHED_OTHERS = 0.5
@@ -86,7 +88,6 @@ class _Job:
         kept: for every measured state, by its id, how much of the dense denoiser is left.
         columns: the usable targets.
         calls: denoiser calls per image.
-        latent: side of the latent.
         pixels: of an image.
     """
 
@@ -95,7 +96,6 @@ class _Job:
     kept: Mapping[str, float]
     columns: tuple[Column, ...]
     calls: int
-    latent: int
     pixels: int
 
     @property
@@ -158,7 +158,7 @@ def forecast(
         networks[role] = cost_of(part, source, stored, rows if role == _DENOISER else batch, latent)
     kept = {state: _kept(recipe, state) for state in measured}
     calls = _calls(recipe, scheduler_of(source))
-    job = _Job(recipe, networks, kept, columns, calls, latent, (latent * vae_scale(source)) ** 2)
+    job = _Job(recipe, networks, kept, columns, calls, (latent * vae_scale(source)) ** 2)
     here, own = machine(), psutil.Process().memory_info().rss / MIB
     phases = _memory(job)
     phase = max(phases, key=lambda name: phases[name])
@@ -203,7 +203,8 @@ def _memory(job: _Job) -> dict[str, float]:
         for name, network in networks.items()
     )
     pixels, images = job.pixels, job.recipe.measure.images
-    judging = SSIM_BYTES * pixels * at_once(images, pixels) / MIB
+    # Two sets of images in bytes, twice each while they are joined and compared.
+    judging = (SSIM_BYTES * at_once(images, pixels) + 2 * 2 * 3 * images) * pixels / MIB
     for column in job.columns:
         for index, (state, kept) in enumerate(job.kept.items()):
             place = f"measuring {state} on {column.name}"
@@ -271,8 +272,8 @@ def _disk(job: _Job) -> float:
         for network, share in lowered
         if column.target.type != "onnxruntime" or "own" in asdict(column.options).values()
     )
-    images, latent = recipe.measure.images, job.latent
-    recorded = images * (job.calls * 4 * 4 * latent**2 + 2 * 77 * 1024) * 4 / MIB
+    images = recipe.measure.images
+    recorded = images * (job.calls * _RECORDED * denoiser.sample_mib + 2 * denoiser.given_mib)
     drawn = images * (1 + len(job.kept) * len(job.columns)) * job.pixels * 2 / MIB
     return states + graphs + engines + recorded + drawn + 1.5
 

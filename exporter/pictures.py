@@ -35,7 +35,9 @@ def draw(
     """
     sampling, recording = bench.sampling, bench.recording
     pipeline, form = pipeline_of(engine, sessions), form_of(engine)
+    reference, size = recording.images(), (sampling["size"], sampling["size"])
     made, times = [], []
+    problems: list[list[str]] = []
     with task(bench.progress, f"Images {place.state} on {place.target}", recording.count) as told:
         for start in range(0, recording.count, sampling["batch"]):
             prompts = recording.prompts[start : start + sampling["batch"]]
@@ -43,12 +45,10 @@ def draw(
             started = time.perf_counter()
             floats = call_pipeline(pipeline, form, prompts, seeds, drawing_of(sampling))
             times.append((time.perf_counter() - started) * 1e3 / len(prompts))
-            made.append(floats)
+            problems += detect(floats, size, reference=reference[start : start + len(prompts)])
+            made.append((np.nan_to_num(floats).clip(0, 1) * 255).round().astype(np.uint8))
             told.advance(len(prompts))
-    floats = np.concatenate(made)
-    images = (np.nan_to_num(floats).clip(0, 1) * 255).round().astype(np.uint8)
-    reference = recording.images()
-    problems = detect(floats, (sampling["size"], sampling["size"]), reference=reference)
+    images = np.concatenate(made)
     found = [
         *image_measurements(images, reference, place, lpips=bench.judges.lpips, seed=bench.recipe.measure.seed),
         problem_measurement(problems, place),

@@ -126,6 +126,16 @@ def test_pure_colours_that_dense_has_too_are_fine() -> None:
     assert detect(flat, (16, 16), reference=flat) == [[]]
 
 
+def test_a_dark_drawing_that_rounding_makes_a_little_darker_is_fine_and_a_white_one_is_not() -> None:
+    dark = np.ones((1, 16, 16, 3), np.uint8)
+    dark[0, 4:8, 4:8] = (20, 120, 40)
+    black_behind = np.where(dark == 1, 0, dark).astype(np.uint8)
+    assert detect(black_behind, (16, 16), reference=dark) == [[]]
+    white_behind = np.where(dark == 1, 255, dark).astype(np.uint8)
+    assert detect(white_behind, (16, 16), reference=dark) == [["saturated"]]
+    assert detect(white_behind, (16, 16), reference=black_behind) == [["saturated"]]
+
+
 def test_problems_are_counted_by_image_and_kind() -> None:
     found = problem_measurement([["nan"], [], ["black", "constant"]], PLACE)
     assert (found.value, found.samples) == (2.0, 3)
