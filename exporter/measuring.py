@@ -38,6 +38,7 @@ from exporter.metrics.machine import Mode
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import Place
 from exporter.metrics.size import memory_measurement, run_child, size_measurement
+from exporter.metrics.sparse import sparse_measurements
 from exporter.networks.chain import ChainSession
 from exporter.networks.components import Component
 from exporter.networks.cuts import torch_chain
@@ -97,7 +98,9 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
                     fed |= {f"{name}/{part}": feeds for part, feeds in session.fed.items()}
                 else:
                     fed[name] = calls[0]
-                evidence[name] = session.evidence().to_json()
+                told_of_layers = session.evidence()
+                found += sparse_measurements(told_of_layers, place.at(name))
+                evidence[name] = told_of_layers.to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()
     finally:

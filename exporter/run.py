@@ -14,6 +14,7 @@ from calibration.errors import CalibrationError
 from exporter import __version__
 from exporter.artifact import Artifact, disk_failure, locked, write_text
 from exporter.bench import DENSE, Bench
+from exporter.built import built_cell
 from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
 from exporter.environment import environment
@@ -173,7 +174,7 @@ def _carry_out(run: _Run) -> None:
     _save_memo(run)
     if run.found:
         run.progress.say(f"{len(run.memo.read)} of {run.memo.asked} files read again")
-    if all(cell.status == "ok" for cell in run.cells):
+    if all(cell.has_engine for cell in run.cells):
         note_finished(run.out, run.plan.key)
 
 
@@ -207,6 +208,8 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         engine = compile_state(state, exported, column, shop)
         if run.plan.until == "compile":
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
+        if not column.target.capabilities().runs:
+            return built_cell(state, engine, column, run.out)
         before = [run.states[made] for made in reversed(list(run.states)) if made != name]
         quantized = quantized_of(exported, before, column, shop)
         fixed = None
@@ -248,7 +251,7 @@ def _pass_gates(run: _Run, state: str) -> bool:
     """Evaluate the gates that concern a state; return whether none was missed."""
     measurements = [item for cell in run.cells for item in cell.measurements]
     names = [column.name for column in run.plan.columns]
-    failed = {(cell.state, cell.target) for cell in run.cells if cell.status != "ok"}
+    failed = {(cell.state, cell.target) for cell in run.cells if not cell.has_engine}
     results = evaluate(parse_gates(run.recipe), measurements, run.recipe.state_ids, names, only_state=state)
     found = [GateRecord(**vars(item)) for item in results if (item.state, item.target) not in failed]
     run.gates += found

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 TARGETS = {
     "onnxruntime": "targets.ort:OnnxRuntime",
     "openvino": "targets.ov:OpenVino",
+    "tensorrt": "targets.trt:TensorRt",
+    "tensorrt-rtx": "targets.trt:TensorRtRtx",
 }
 """The registry: what a recipe calls ``type`` -> ``module:Class``."""
 

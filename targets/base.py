@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,19 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What a compiler said about kernels for weights with two zeros in four.
+
+    Attributes:
+        eligible: layers whose weights have the pattern; None where it did not say.
+        chosen: layers that got a sparse kernel; None likewise.
+    """
+
+    eligible: int | None
+    chosen: int | None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the compiler did, read back from the built engine, never inferred from the options that were passed.
 
@@ -90,6 +103,7 @@ class Evidence:
         requested_precision: what the options asked for.
         layers: every executed layer, in execution order.
         notes: anything a reader of the report must know.
+        sparse: about sparse kernels; None for runtimes that have none.
     """
 
     runtime: str
@@ -97,6 +111,7 @@ class Evidence:
     requested_precision: str
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
+    sparse: Sparse | None = None
 
     def count(self, attribute: str) -> dict[str, int]:
         """Return how many layers have each value of ``precision``, ``type``, ``kernel`` or ``device``, most first."""
@@ -158,6 +173,18 @@ class Profiled(Session, Protocol):
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
         """Return what every layer takes in calls with these feeds, measured by the runtime itself."""
+
+
+@runtime_checkable
+class BuildsElsewhere(Protocol):
+    """A target that compiles on machines which cannot run its engines."""
+
+    def built(self, engine: Path) -> Evidence:
+        """Return what is known of a compiled engine without running it.
+
+        Raises:
+            TargetError: the engine's folder is damaged.
+        """
 
 
 class Target(Protocol):

@@ -223,7 +223,7 @@ def _why(cell: CellRecord | None, measured: Measurement | None) -> str:
         return ""
     if cell is None:
         return "no such state or target in this run"
-    if cell.status != "ok":
+    if not cell.has_engine:
         return f"{cell.status}: {cell.error or 'no reason was recorded'}"
     return (measured.note if measured else "") or "not measured"
 

@@ -28,8 +28,9 @@ def render_junit(record: RunRecord) -> str:
     """Return the JUnit XML of a run.
 
     Suite ``run`` holds whether the run came to its end. Every cell is a suite: the case ``lowered and measured`` (an
-    error when the cell failed, skipped when it did not run) and one case per gate. A missed gate is a failure. One
-    that was not measured is skipped with the reason, or a failure where the recipe says ``unmeasured: fail``.
+    error when the cell failed, skipped when it did not run, or was only built) and one case per gate. A missed gate is
+    a failure. One that was not measured is skipped with the reason, or a failure where the recipe says ``unmeasured:
+    fail``.
     """
     suites = [("run", [_run_case(record)], 0.0)]
     cells = {(cell.state, cell.target): cell for cell in record.cells}
@@ -79,6 +80,8 @@ def _cell_case(cell: CellRecord) -> _Case:
         return _Case(name, "error", "Failed", cell.error or "no reason was recorded", took)
     if cell.status == "not run":
         return _Case(name, "skipped", message=cell.error or "not run; no reason was recorded", seconds=took)
+    if cell.status == "built":
+        return _Case(name, "skipped", message=f"built, not run: {cell.error}", seconds=took)
     return _Case(name, "passed", seconds=took)
 
 

@@ -74,7 +74,8 @@ class CellRecord(_Record):
     """One state on one target.
 
     Attributes:
-        status: ``ok``, ``failed`` (see `error`), or ``not run`` (see `error` for the reason).
+        status: ``ok``; ``built`` where an engine is there that this machine cannot run; ``failed`` or ``not run``; for
+            all but the first `error` has the reason.
         evidence: component -> `targets.base.Evidence` as JSON, layers included.
         engine: path of the engine folder relative to the report, None when there is none.
         seconds: what it took in this run, by step; empty when reused.
@@ -84,7 +85,7 @@ class CellRecord(_Record):
 
     state: str
     target: str
-    status: Literal["ok", "failed", "not run"]
+    status: Literal["ok", "built", "failed", "not run"]
     error: str = ""
     measurements: list[Measurement] = []
     images: list[ImageRecord] = []
@@ -93,6 +94,11 @@ class CellRecord(_Record):
     seconds: dict[str, float] = {}
     measured_at: str = ""
     reused: bool = False
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether there is something to measure: all of it, or what an engine shows without running."""
+        return self.status in ("ok", "built")
 
 
 class GateRecord(_Record):

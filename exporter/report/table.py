@@ -121,7 +121,7 @@ def build(record: RunRecord) -> Table:
     for cell in sorted(record.cells, key=lambda cell: (_index(states, cell.state), _index(targets, cell.target))):
         is_first = not rows or rows[-1].cell.state != cell.state
         gates = [gate for gate in record.gates if (gate.state, gate.target) == (cell.state, cell.target)]
-        entries = tuple(_entry(column, cell, gates, reasons) for column in columns) if cell.status == "ok" else ()
+        entries = tuple(_entry(column, cell, gates, reasons) for column in columns) if cell.has_engine else ()
         rows.append(Row(cell, is_first, entries))
     return Table(columns, tuple(rows), tuple(reasons))
 

@@ -18,6 +18,7 @@ _WORDS = {
     "missed": "MISSED",
     "unmeasured": "NOT MEASURED",
     "not run": "not run",
+    "built": "built, not run",
     "slower": "NOT FASTER",
 }
 _MARKS = {"missed": "!", "not measured": "?"}
@@ -77,7 +78,7 @@ def _reused(record: RunRecord) -> str:
 
 def _ratio(row: Row) -> str:
     """Return ``1-pruned on ort 0.85 × 0-dense [0.84, 0.87]``, empty where no pair was timed."""
-    if row.cell.status != "ok":
+    if not row.cell.has_engine:
         return ""
     details = row.entries[COLUMNS.index(LATENCY_COLUMN)].details
     found = [index for index, detail in enumerate(details) if " × " in detail]
@@ -85,7 +86,7 @@ def _ratio(row: Row) -> str:
 
 
 def _values(row: Row) -> str:
-    if row.cell.status != "ok":
+    if not row.cell.has_engine:
         first = printable(row.cell.error or "no reason was recorded").strip().partition("\n")[0]
         return f"  {row.cell.status.upper() if row.cell.status == 'failed' else row.cell.status}: {first}"
     return "".join(_value(entry) for entry in row.entries[: len(COLUMNS)])

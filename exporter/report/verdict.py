@@ -10,7 +10,7 @@ from exporter.report.formatting import number, plural
 from exporter.report.record import CellRecord, GateRecord, RunRecord
 
 Level = Literal["good", "warn", "bad"]
-ProblemKind = Literal["stopped", "failed", "missed", "unmeasured", "not run", "slower"]
+ProblemKind = Literal["stopped", "failed", "missed", "unmeasured", "not run", "built", "slower"]
 
 EXIT_MEANINGS = {
     0: "fine",
@@ -31,8 +31,8 @@ class Problem:
     """One reason why the run is not fine.
 
     Attributes:
-        kind: the run was ``stopped``; a cell ``failed`` or was ``not run``; a gate was ``missed`` or ``unmeasured``;
-            a component is ``slower`` quantized than in float.
+        kind: the run was ``stopped``; a cell ``failed``, was ``not run`` or only ``built``; a gate was ``missed`` or
+            ``unmeasured``; a component is ``slower`` quantized than in float.
         where: state and target, such as ``1-pruned on openvino``; several where one text holds for all of them.
         text: the sentence that says what and what to do.
     """
@@ -73,9 +73,9 @@ def judge(record: RunRecord) -> Verdict:
         *(Problem("missed", place(gate.state, gate.target), gate.message) for gate in missed),
         *(Problem("unmeasured", place(gate.state, gate.target), gate.message) for gate in unmeasured),
         *(
-            Problem("not run", place(cell.state, cell.target), cell.error or _NO_REASON)
+            Problem(cell.status, place(cell.state, cell.target), cell.error or _NO_REASON)
             for cell in record.cells
-            if cell.status == "not run"
+            if cell.status in ("not run", "built")
         ),
         *_slower(record.cells),
     )
@@ -147,7 +147,7 @@ def _slower(cells: list[CellRecord]) -> Iterator[Problem]:
 def _cell_counts(cells: list[CellRecord]) -> str:
     if not cells:
         return "no cells"
-    parts = [(status, sum(cell.status == status for cell in cells)) for status in ("ok", "failed", "not run")]
+    parts = [(status, sum(cell.status == status for cell in cells)) for status in ("ok", "built", "failed", "not run")]
     return f"{plural(len(cells), 'cell')}: " + ", ".join(f"{amount} {status}" for status, amount in parts if amount)
 
 

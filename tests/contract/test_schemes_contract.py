@@ -12,17 +12,27 @@ import pytest
 import targets
 from calibration.fitting import Fit, fit
 from calibration.qdq import Manner, write_quantized
+from calibration.schemes import NARROW
 from calibration.sites import sites_of
 from calibration.statistics import Study
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.quantized import write_float_graph
 from exporter.states import components_of
+from targets.base import BuildsElsewhere, TargetMissing
 from targets.ort import OnnxRuntime
 
 if TYPE_CHECKING:
     from exporter.loan import DenseLoan
 
 RUNNING = [name for name in targets.TARGETS if targets.target(name).capabilities().runs]
+BUILDING = [
+    name
+    for name, here in ((name, targets.target(name).capabilities()) for name in targets.TARGETS)
+    if here.available and not here.runs
+]
+BUILT = [(name, scheme) for name in BUILDING for scheme in targets.target(name).schemes]
+KINDS = {"int8": "i8", "int8-weights": "f32", "fp16": "f16", "bf16": "bf16", "fp8": "f8e4m3"}
+"""What products and convolutions are fed in each scheme."""
 PAIRS = [(name, scheme) for name in RUNNING for scheme in targets.target(name).schemes]
 
 
@@ -57,16 +67,35 @@ def test_there_are_schemes_to_try():
     assert {"int8", "int8-weights", "int4-weights"} <= {scheme for _, scheme in PAIRS}
 
 
+def rounded(graph: Path, out: Path, scheme: str, fitted: Fit, *, results: bool) -> Path:
+    out.mkdir()
+    everything = dict.fromkeys(sites_of(ir.load(graph).graph), scheme)
+    kinds = (lambda path: scheme) if scheme in NARROW else None
+    write_quantized(graph, out, everything, fitted, Manner(results=results, type_of=kinds))
+    return out / "model.onnx"
+
+
+@pytest.mark.parametrize(("name", "scheme"), BUILT)
+def test_what_is_built_for_other_devices_works_in_what_was_asked(graph, fitted, tmp_path, name, scheme):
+    target, engine = targets.target(name), tmp_path / "engine"
+    engine.mkdir()
+    source = rounded(graph, tmp_path / "source", scheme, fitted, results=target.rounds_results)
+    target.compile(source, engine, target.options())
+    assert isinstance(target, BuildsElsewhere)
+    heavy = [layer.precision for layer in target.built(engine).layers if layer.type in ("gemm", "correlation")]
+    assert heavy.count(KINDS[scheme]) > 0.9 * len(heavy) > 0
+    with pytest.raises(TargetMissing, match="no NVIDIA driver"):
+        target.open(engine, target.options())
+
+
 @pytest.mark.parametrize(("name", "scheme"), PAIRS)
 def test_an_engine_answers_as_its_graph_says(graph, fitted, tmp_path, name, scheme):
     target = targets.target(name)
-    source, engine = tmp_path / "source", tmp_path / "engine"
-    source.mkdir()
+    engine = tmp_path / "engine"
     engine.mkdir()
-    everything = dict.fromkeys(sites_of(ir.load(graph).graph), scheme)
-    write_quantized(graph, source, everything, fitted, Manner(results=target.rounds_results))
-    target.compile(source / "model.onnx", engine, target.options())
-    session, written = target.open(engine, target.options()), OnnxRuntime().open_as_written(source / "model.onnx")
+    source = rounded(graph, tmp_path / "source", scheme, fitted, results=target.rounds_results)
+    target.compile(source, engine, target.options())
+    session, written = target.open(engine, target.options()), OnnxRuntime().open_as_written(source)
     try:
         got, wanted = session(call(5))["out_sample"], written(call(5))["out_sample"]
         # Rounded activations fall to one side or the other; where weights alone are integers, runtimes round the
