@@ -42,7 +42,6 @@ from exporter.pruners import PRUNERS, pruner
 from exporter.pruners.base import Context, Stopwatch
 from exporter.quantizing.options import quantize_options
 from exporter.quantizing.plan import read_plan
-from exporter.quantizing.stage import Subject, quantize
 from exporter.recipe import Recipe, StageSpec
 from exporter.recordings import export_options, resolved_sampling
 from exporter.sampling import use_scheduler
@@ -236,6 +235,8 @@ def _loan(job: _Job, purpose: str) -> DenseLoan:
 
 def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     """Say how one component is rounded; its weights stay the parent's."""
+    from exporter.quantizing.stage import Subject, quantize  # seconds to import
+
     del stage
     component = component_named(job.parent.path, options.component, f"stages[{job.index}]")
     folder, out = job.parent.path / component.folder, job.folder / component.folder
