@@ -157,9 +157,9 @@ class OnnxRuntime:
     def open_as_written(self, path: Path) -> Session:
         """Load an ONNX file unoptimised, for a few calls: memory goes back after every operator.
 
-        The arena that keeps it for the next call took 22 GB for one call of SDXL's U-Net, and 8 GB without. Planning
-        which operator may write into whose memory took 47 s of a graph of 13,000 operators with open shapes, 1 s without,
-        and 9 % more memory for a call of SD 1.5's U-Net.
+        The arena that keeps it for the next call took 22 GB for one call of SDXL's U-Net, 8 GB without. Planning which
+        operator may write into whose memory took 47 s of a graph of 13,000 operators with open shapes, 1 s without, and
+        9 % more memory for a call of SD 1.5's U-Net.
         """
         return _OrtSession(path, OrtOptions(optimization="disabled"), arena=False)
 

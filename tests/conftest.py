@@ -156,6 +156,34 @@ def tiny_loan(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
     return DenseLoan(dense, sampling, "no target here", 5, folder / "loan", Silent())
 
 
+@pytest.fixture(scope="session")
+def float_graph() -> Callable[..., Path]:
+    """Return a function that exports a U-Net's folder into another, two rows of 8 x 8, and returns its ONNX file."""
+    from exporter.lowering.export import export_component
+    from exporter.lowering.options import ExportOptions
+    from exporter.lowering.quantized import write_folded
+    from exporter.lowering.stored import stored_weights
+    from exporter.networks.storage import open_bare
+
+    def exported(folder: Path, out: Path, *, dynamic: bool = False) -> Path:
+        options = ExportOptions(guided=False, batch=2, latent=8, tokens=32, dynamic=dynamic)
+        bare, weights = stored_weights(open_bare(folder, cls="UNet2DConditionModel"), "0" * 64)
+        pointing = out.with_name(f"{out.name}-pointing")
+        pointing.mkdir(parents=True)
+        export_component("unet", bare, pointing, options, weights=weights)
+        return write_folded(pointing / "model.onnx", out)
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(
+    tiny_loan: DenseLoan, float_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny pipeline's U-Net as an ONNX file in a folder of its own. Copies may be written beside it."""
+    return float_graph(tiny_loan.dense.path / "unet", tmp_path_factory.mktemp("float") / "graph")
+
+
 def _tiny_vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from calibration.qdq import Manner
 from calibration.statistics import Feeds
 from exporter.errors import RecipeError
 from exporter.lowering.engine import Column
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
 from exporter.networks.quantization import FIT, QUANTIZATION, TABLE, read_quantization
 from exporter.progress import Silent
 from exporter.pruners.notes import Notes
@@ -31,7 +29,6 @@ from exporter.recipe import read_recipe
 from exporter.report.record import RunRecord
 from exporter.report.text import render_text
 from exporter.run import run_recipe
-from exporter.states import components_of
 
 pytestmark = pytest.mark.slow
 RECOVERED, ROUNDED = "3-tuned", "4-quantized"
@@ -211,13 +208,12 @@ def test_a_plan_made_by_measurement_keeps_to_its_limit_and_another_limit_asks_no
 
 
 @pytest.fixture(scope="module")
-def graph(run: tuple[RunRecord, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fit]:
+def graph(
+    run: tuple[RunRecord, Path], float_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Fit]:
     """The pruned network in float, and what was fitted to it."""
-    state = run[1] / "states" / ROUNDED
-    component = next(part for part in components_of(state) if part.role == "denoiser")
-    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    folder = tmp_path_factory.mktemp("graph") / "float"
-    return write_float_graph(component, state / "unet", "0" * 64, folder, shapes), Fit.load(state / "unet" / FIT)
+    unet = run[1] / "states" / ROUNDED / "unet"
+    return float_graph(unet, tmp_path_factory.mktemp("graph") / "float"), Fit.load(unet / FIT)
 
 
 def call() -> Feeds:
