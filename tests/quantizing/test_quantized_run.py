@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from exporter.quantizing.trial import Trial, sensitivities
 from exporter.recipe import read_recipe
 from exporter.report.record import RunRecord
 from exporter.report.text import render_text
+from exporter.report.writing import read_record
 from exporter.run import run_recipe
 
 pytestmark = pytest.mark.slow
@@ -55,9 +57,13 @@ def recipe_of(folder: Path, source: Path, stages: list[dict[str, Any]], **extra:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+def run(tiny_pipeline_folder: Path, made_once: Callable[..., Path]) -> tuple[RunRecord, Path]:
     """Fewer channels, two zeros of four, recovered, then 8 bits; one block and one layer by hand stay in float."""
-    folder = tmp_path_factory.mktemp("rounded")
+    out = made_once("rounded", partial(carry_out, tiny_pipeline_folder)) / "out"
+    return read_record(out), out
+
+
+def carry_out(source: Path, folder: Path) -> None:
     (folder / "plan.txt").write_text("mid_block float\nconv_in float\n")
     prompts = str(folder / "prompts.txt")
     stages = [
@@ -67,8 +73,7 @@ def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"quantize": {"scheme": "int8", "plan": str(folder / "plan.txt")}},
     ]
     states = {"prompts": prompts, "images": 2, "calls": 2, "latency_seconds": 0.5, "states": [RECOVERED, ROUNDED]}
-    out = folder / "out"
-    return run_recipe(read_recipe(recipe_of(folder, tiny_pipeline_folder, stages, measure=states)), out), out
+    run_recipe(read_recipe(recipe_of(folder, source, stages, measure=states)), folder / "out")
 
 
 def found(record: RunRecord, metric: str, target: str, state: str = ROUNDED) -> float:
