@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from bench_real_pruning import Step, carry_out, in_turn, parser_of
+from bench_real_size import CLS, TOKENS, clock, emptied
 from bench_real_size import STEPS as SIZE_STEPS
-from bench_real_size import TOKENS, clock, emptied
 
 VARIANTS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
@@ -48,15 +48,17 @@ def _make(given: Namespace, _: str) -> dict[str, Any]:
 
 def _float(given: Namespace, _: str) -> dict[str, Any]:
     """Export in float, weights in the forms that they are quantized in."""
+    from exporter.lowering.export import export_component
     from exporter.lowering.options import ExportOptions
-    from exporter.lowering.quantized import write_float_graph
-    from exporter.networks.components import denoiser
+    from exporter.lowering.quantized import write_folded
+    from exporter.lowering.stored import stored_weights
+    from exporter.networks.storage import open_bare
 
     options = ExportOptions(guided=False, latent=given.latent, tokens=TOKENS)
+    bare, weights = stored_weights(open_bare(given.out / "dense" / "unet", cls=CLS), "0" * 64)
     with clock() as took:
-        write_float_graph(
-            denoiser("StableDiffusionPipeline"), given.out / "dense" / "unet", "0" * 64, given.out / "float", options
-        )
+        export_component("unet", bare, emptied(given.out / "pointing"), options, weights=weights)
+        write_folded(given.out / "pointing" / "model.onnx", given.out / "float")
     return {"seconds": took[0], "bytes": _bytes(given.out / "float")}
 
 

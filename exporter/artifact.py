@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -82,9 +82,19 @@ class Artifact:
         """Identity of the content, sha256 hex."""
         return self.manifest.digest
 
-    def part_digest(self, folder: str) -> str:
-        """Return the digest of one folder's files, so that what did not change is recognised across artifacts."""
-        inside = {name: fact.sha256 for name, fact in self.manifest.files.items() if name.startswith(f"{folder}/")}
+    def part_digest(self, folder: str, *, without: Collection[str] = ()) -> str:
+        """Return the digest of one folder's files, so that what did not change is recognised across artifacts.
+
+        Args:
+            folder: of the artifact.
+            without: names of files in it that do not count.
+        """
+        left_out = {f"{folder}/{name}" for name in without}
+        inside = {
+            name: fact.sha256
+            for name, fact in self.manifest.files.items()
+            if name.startswith(f"{folder}/") and name not in left_out
+        }
         return digest_of([folder, inside])
 
 

@@ -7,6 +7,7 @@ import datetime
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.lowering.engine import Column, Workshop, compile_fixed, compile_state, export_state, tokens_of
+from exporter.lowering.engine import (
+    Column,
+    Workshop,
+    compile_fixed,
+    compile_state,
+    export_float,
+    export_state,
+    tokens_of,
+)
 from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.gates import evaluate
 from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
-from exporter.networks.components import denoiser
+from exporter.networks.components import Component, denoiser
 from exporter.preflight import Plan, check_recipe, parse_gates
 from exporter.progress import Progress, Silent
 from exporter.pruners.base import Stopwatch
@@ -148,7 +157,8 @@ def _carry_out(run: _Run) -> None:
     export = export_options(run.recipe, dense.path)
     shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
     column = next((column for column in run.plan.columns if column.target.capabilities().runs), None)
-    lab = Lab(run.recipe, run.out, run.progress, run.memo, _stopwatch(run, column, dense, shop), column)
+    stopwatch = _stopwatch(run, column, dense, shop)
+    lab = Lab(run.recipe, run.out, run.progress, run.memo, stopwatch, column, partial(_float_graph, shop))
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
     parent = dense
     for name in run.plan.states:
@@ -176,6 +186,10 @@ def _carry_out(run: _Run) -> None:
         run.progress.say(f"{len(run.memo.read)} of {run.memo.asked} files read again")
     if all(cell.has_engine for cell in run.cells):
         note_finished(run.out, run.plan.key)
+
+
+def _float_graph(shop: Workshop, state: Artifact, component: Component) -> Path:
+    return export_float(state, component, shop).path / "model.onnx"
 
 
 def _stopwatch(run: _Run, column: Column | None, dense: Artifact, shop: Workshop) -> Stopwatch | str:
@@ -210,8 +224,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
         if not column.target.capabilities().runs:
             return built_cell(state, engine, column, run.out)
-        before = [run.states[made] for made in reversed(list(run.states)) if made != name]
-        quantized = quantized_of(exported, before, column, shop)
+        quantized = quantized_of(state, exported, column, shop)
         fixed = None
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)

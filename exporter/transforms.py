@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +42,8 @@ from exporter.pruners import PRUNERS, pruner
 from exporter.pruners.base import Context, Stopwatch
 from exporter.quantizing.options import quantize_options
 from exporter.quantizing.plan import read_plan
-from exporter.quantizing.stage import Subject, quantize
 from exporter.recipe import Recipe, StageSpec
-from exporter.recordings import export_options, resolved_sampling
+from exporter.recordings import resolved_sampling
 from exporter.sampling import use_scheduler
 from exporter.states import components_of, form_of, image_size
 from exporter.tuning import TUNERS, tuner
@@ -73,6 +72,8 @@ class Lab:
         memo: what is known of files.
         stopwatch: of the first usable target, or why there is none.
         column: that target.
+        float_graph: exports a component of a state in float and returns its ONNX file, weights in the state; None where
+            nothing is lowered.
     """
 
     recipe: Recipe
@@ -81,6 +82,7 @@ class Lab:
     memo: FileMemo
     stopwatch: Stopwatch | str = "no target of the recipe can be used here"
     column: Column | None = None
+    float_graph: Callable[[Artifact, Component], Path] | None = None
 
     @property
     def shelf(self) -> Shelf:
@@ -236,15 +238,17 @@ def _loan(job: _Job, purpose: str) -> DenseLoan:
 
 def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
     """Say how one component is rounded; its weights stay the parent's."""
+    from exporter.quantizing.stage import Subject, quantize  # seconds to import
+
     del stage
     component = component_named(job.parent.path, options.component, f"stages[{job.index}]")
     folder, out = job.parent.path / component.folder, job.folder / component.folder
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in QUANTIZATION_FILES):
         link_file(path, out / path.name)
-    export = export_options(job.lab.recipe, job.dense.path)
-    digest, rounds = job.parent.part_digest(component.folder), _rounds_results(job.lab.recipe)
-    kept = job.lab.out / "work" / "quantizing"
-    subject = Subject(component, folder, digest, export, rounds, job.lab.column, job.workdir, kept)
+    assert job.lab.float_graph is not None
+    graph, rounds = job.lab.float_graph(job.parent, component), _rounds_results(job.lab.recipe)
+    digest, kept = job.parent.part_digest(component.folder), job.lab.out / "work" / "quantizing"
+    subject = Subject(component, folder, digest, graph, rounds, job.lab.column, job.workdir, kept)
     return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
 
 

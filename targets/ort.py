@@ -157,7 +157,9 @@ class OnnxRuntime:
     def open_as_written(self, path: Path) -> Session:
         """Load an ONNX file unoptimised, for a few calls: memory goes back after every operator.
 
-        The arena that keeps it for the next call took 22 GB for one call of SDXL's U-Net, and 8 GB without.
+        The arena that keeps it for the next call took 22 GB for one call of SDXL's U-Net, 8 GB without. Planning which
+        operator may write into whose memory took 47 s of a graph of 13,000 operators with open shapes, 1 s without, and
+        9 % more memory for a call of SD 1.5's U-Net.
         """
         return _OrtSession(path, OrtOptions(optimization="disabled"), arena=False)
 
@@ -169,7 +171,7 @@ class _OrtSession:
         self._path, self._settings = path, options
         self._closed = False
         settings = _library().SessionOptions()
-        settings.enable_cpu_mem_arena = arena
+        settings.enable_cpu_mem_arena = settings.enable_mem_reuse = arena
         self._session: Any = _session(path, options, settings)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())

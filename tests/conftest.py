@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from exporter.loan import DenseLoan
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 ROOT = Path(__file__).resolve().parent.parent
 _MACHINE = MappingProxyType(dict(os.environ))
@@ -111,16 +115,39 @@ def machine_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Return a function from a name to a folder, which is filled once for all workers of a session. Read only."""
+    own = tmp_path_factory.getbasetemp()
+    everyones = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, made = everyones / f"once-{name}", everyones / f"once-{name}.made"
+        with (everyones / f"once-{name}.lock").open("w") as alone:
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            if not made.is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                fill(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(made_once: MadeOnce) -> Path:
     """A StableDiffusionPipeline folder with random weights, the same ones every time. Read only: copy it to change it.
 
     U-Net of two levels (32, 64 channels), 8x8 latents of 4 channels; VAE with 8x down-sampling, so 64x64 images;
     CLIP text encoder of width 32 and 32 tokens; byte-level tokenizer of 514 tokens; DPM-Solver++.
     """
+    return made_once("tiny-pipeline", _save_tiny_pipeline) / "pipeline"
+
+
+def _save_tiny_pipeline(folder: Path) -> None:
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    folder = tmp_path_factory.mktemp("tiny-pipeline")
     tokenizer = _byte_tokenizer(folder / "vocabulary")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -137,7 +164,6 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
-    return folder / "pipeline"
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +180,34 @@ def tiny_loan(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
     dense, _ = make_dense(tiny_pipeline_folder, facts, folder / "dense")
     sampling = {"scheduler": "ddim", "steps": 3, "guidance": 3.0, "size": 64, "batch": 2}
     return DenseLoan(dense, sampling, "no target here", 5, folder / "loan", Silent())
+
+
+@pytest.fixture(scope="session")
+def float_graph() -> Callable[..., Path]:
+    """Return a function that exports a U-Net's folder into another, two rows of 8 x 8, and returns its ONNX file."""
+    from exporter.lowering.export import export_component
+    from exporter.lowering.options import ExportOptions
+    from exporter.lowering.quantized import write_folded
+    from exporter.lowering.stored import stored_weights
+    from exporter.networks.storage import open_bare
+
+    def exported(folder: Path, out: Path, *, dynamic: bool = False) -> Path:
+        options = ExportOptions(guided=False, batch=2, latent=8, tokens=32, dynamic=dynamic)
+        bare, weights = stored_weights(open_bare(folder, cls="UNet2DConditionModel"), "0" * 64)
+        pointing = out.with_name(f"{out.name}-pointing")
+        pointing.mkdir(parents=True)
+        export_component("unet", bare, pointing, options, weights=weights)
+        return write_folded(pointing / "model.onnx", out)
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(
+    tiny_loan: DenseLoan, float_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny pipeline's U-Net as an ONNX file in a folder of its own. Copies may be written beside it."""
+    return float_graph(tiny_loan.dense.path / "unet", tmp_path_factory.mktemp("float") / "graph")
 
 
 def _tiny_vae() -> AutoencoderKL:

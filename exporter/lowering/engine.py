@@ -25,6 +25,7 @@ from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.metrics.size import run_child
 from exporter.networks.components import Component
+from exporter.networks.quantization import FILES as QUANTIZATION_FILES
 from exporter.networks.quantization import read_quantization
 from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
@@ -173,38 +174,56 @@ def tokens_of(component: Component, shop: Workshop) -> int:
 
 
 def export_part(state: Artifact, component: Component, shop: Workshop) -> Artifact:
-    """Export one component, or find it done; raises as `export_state`."""
+    """Export one component, or find it done; raises as `export_state`.
+
+    What is quantized is rounded from its graph in float, which is the parent's own.
+    """
+    source = state.path / component.folder
+    plain = export_float(state, component, shop)
+    quantization = read_quantization(source)
+    if quantization is None:
+        return plain
+    key = digest_of([state.part_digest(component.folder), component.name, plain.digest, __version__])
+    work = shop.out / "work" / f"float-{key[:16]}"
+
+    def build(out: Path) -> Mapping[str, Any]:
+        from exporter.lowering.quantized import export_quantized  # seconds to import
+
+        return export_quantized(component, source, quantization, plain, (work, out))
+
+    title = f"Round {component.name}, state {state.path.name}"
+    folder = f"onnx-{component.name}-{key[:16]}"
+    return _make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
+
+
+def export_float(state: Artifact, component: Component, shop: Workshop) -> Artifact:
+    """Export one component as it is without quantization, or find it done; raises as `export_state`."""
     options = replace(shop.export, tokens=tokens_of(component, shop))
+    digest = state.part_digest(component.folder, without=QUANTIZATION_FILES)
     versions = {name: version(name) for name in _EXPORT_LIBRARIES}
-    made_by = [versions, __version__, _GRAPHS]
-    key = digest_of([state.part_digest(component.folder), component.name, asdict(options), *made_by])
+    key = digest_of([digest, component.name, asdict(options), versions, __version__, _GRAPHS])
     folder = f"onnx-{component.name}-{key[:16]}"
     place = f"{component.name}, state {state.path.name}"
 
     def build(out: Path) -> Mapping[str, Any]:
         from exporter.lowering.export import export_component  # seconds to import
         from exporter.lowering.parity import compare_answers, torch_answers
-        from exporter.lowering.quantized import export_quantized
         from exporter.lowering.stored import stored_weights
         from exporter.lowering.wrappers import part_of
         from exporter.lowering.zeros import check_zeros
         from exporter.networks.sparsity import load_claims
         from exporter.networks.storage import load_network, open_bare
 
-        source, name, digest = state.path / component.folder, component.name, state.part_digest(component.folder)
+        source, name = state.path / component.folder, component.name
         bare, weights = stored_weights(open_bare(source, cls=component.cls), digest)
         schedule = read_schedule(source) if component.role == "denoiser" else None
         if schedule is not None:
             return _export_scheduled(component, (bare, weights, schedule), source, out, options, shop)
-        calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
-        feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
-        quantization = read_quantization(source)
-        if quantization is not None:
-            graph = shop.out / "work" / f"float-{key[:16]}" / "model.onnx"
-            return export_quantized(component, source, digest, quantization, feeds, (graph, out), options)
         export_component(name, part_of(component, bare), out, options, weights=weights)
         zeros = check_zeros([out / "model.onnx"], load_claims(source), name)
         started = time.monotonic()
+        calls = recorded_calls(component, config_of(source), shop.recording, range(shop.sampling["batch"]))
+        feeds = [(fed.timestep, fed.feeds) for fed in spread(list(calls), PARITY_CALLS)]
         # torch's network is gone again before the graph is opened: one copy of the weights in memory, not two.
         wanted = torch_answers(part_of(component, load_network(source, cls=component.cls)), feeds)
         parity = compare_answers(name, wanted, out / "model.onnx", feeds)

@@ -1,96 +1,68 @@
-"""The graph of a quantized component: exported in float, held to torch, then rounded as its state says."""
+"""The graph of a quantized component: the one in float, rounded as its state says."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.qdq import Manner, write_quantized
 from calibration.schemes import FLOAT, NARROW, unit_of
 from calibration.sites import sites_of
+from exporter.artifact import Artifact
 from exporter.errors import ComponentFailed
-from exporter.lowering.options import ExportOptions
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, Quantization
-
-if TYPE_CHECKING:  # seconds to import
-    from exporter.lowering.parity import Call
 
 FLOAT_FILE = "model.onnx"
 
 
-def export_quantized(  # noqa: PLR0913 - a component, how it is rounded, what it is asked, and where all goes
-    component: Component,
-    folder: Path,
-    digest: str,
-    quantization: Quantization,
-    calls: Sequence[Call],
-    places: tuple[Path, Path],
-    options: ExportOptions,
+def export_quantized(
+    component: Component, folder: Path, quantization: Quantization, plain: Artifact, places: tuple[Path, Path]
 ) -> Mapping[str, Any]:
-    """Export in float, hold that to torch, then round it; what rounding changes is the report's matter, not ours.
+    """Round the graph of a component as its state says; what rounding changes is the report's matter, not ours.
 
     Args:
         component: of a state.
         folder: its folder in the state.
-        digest: of that folder.
         quantization: from it.
-        calls: that the float graph and torch are asked.
-        places: where the float graph is made, for a while, and the folder of the rounded one.
-        options: shapes and opset.
+        plain: the component exported in float, which was held to torch.
+        places: where the float graph lies folded, for a while, and the folder of the rounded one.
 
     Returns:
         Facts, JSON-ready.
 
     Raises:
-        ComponentFailed: the float graph answers differently from torch, or the state's ranges are of another network.
+        ComponentFailed: the state's ranges are of another network.
     """
-    from exporter.lowering.parity import compare_answers, torch_answers  # seconds to import
-    from exporter.lowering.wrappers import part_of
-    from exporter.lowering.zeros import check_zeros
+    from exporter.lowering.zeros import check_zeros  # seconds to import
     from exporter.networks.sparsity import load_claims
-    from exporter.networks.storage import load_network
 
-    graph, out = places
-    write_float_graph(component, folder, digest, graph.parent, options)
-    wanted = torch_answers(part_of(component, load_network(folder, cls=component.cls)), calls)
-    parity = compare_answers(component.name, wanted, graph, calls)
-    told = _write_rounded(graph, folder, quantization, out)
-    shutil.rmtree(graph.parent)
+    work, out = places
+    told = _write_rounded(write_folded(plain.path / FLOAT_FILE, work), folder, quantization, out)
+    shutil.rmtree(work)
     zeros = check_zeros([out / FLOAT_FILE], load_claims(folder), component.name)
-    return {"component": component.name, "parity": parity, "zeros": zeros, "quantized": told}
+    return {"component": component.name, "zeros": zeros, "quantized": told}
 
 
-def write_float_graph(component: Component, folder: Path, digest: str, out: Path, options: ExportOptions) -> Path:
-    """Export a component in float into a folder of its own, its weights beside it and folded, as they are quantized.
+def write_folded(source: Path, out: Path) -> Path:
+    """Write a graph whose weights lie in its state with weights of its own, folded, as they are quantized.
 
     Args:
-        component: of a state.
-        folder: its folder in the state.
-        digest: of that folder.
+        source: the ONNX file.
         out: made, or emptied.
-        options: shapes and opset.
 
     Returns:
         The ONNX file.
     """
-    from exporter.lowering.export import export_component  # seconds to import
-    from exporter.lowering.stored import stored_weights
-    from exporter.lowering.wrappers import part_of
-    from exporter.networks.storage import open_bare
     from targets.selfcontained import write_self_contained
 
     shutil.rmtree(out, ignore_errors=True)
-    pointing = out / "pointing"
-    pointing.mkdir(parents=True)
-    bare, weights = stored_weights(open_bare(folder, cls=component.cls), digest)
-    export_component(component.name, part_of(component, bare), pointing, options, weights=weights)
-    write_self_contained(pointing / FLOAT_FILE, out)
-    shutil.rmtree(pointing)
+    out.mkdir(parents=True)
+    write_self_contained(source, out)
     return out / FLOAT_FILE
 
 
@@ -98,7 +70,7 @@ def _write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> 
     """Write the quantized graph of a component and return what became of its layers.
 
     Args:
-        graph: from `write_float_graph`.
+        graph: in float, folded.
         folder: of the component in its state.
         told: how it is quantized.
         out: an existing folder.

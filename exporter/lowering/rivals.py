@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.artifact import Artifact
-from exporter.lowering.engine import Column, Workshop, compile_part, export_part
-from exporter.networks.quantization import read_quantization
+from exporter.lowering.engine import Column, Workshop, compile_part, export_float
+from exporter.networks.components import Component
 from exporter.states import components_of
 
 
@@ -41,13 +41,13 @@ class Lowered:
 
 
 def quantized_of(
-    exported: Mapping[str, Artifact], earlier: Sequence[Artifact], column: Column, shop: Workshop
+    state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop
 ) -> dict[str, Quantized]:
     """Return the components of a state that are quantized, each with its float engines on a target.
 
     Args:
-        exported: the state's components.
-        earlier: the states that it was made from, the last one first.
+        state: what was exported.
+        exported: its components.
         column: where it is measured.
         shop: what lowering shares.
 
@@ -55,25 +55,19 @@ def quantized_of(
         ToolMissing, ComponentFailed: as `compile_state`.
     """
     return {
-        name: Quantized(onnx.path / "model.onnx", _floats(name, earlier, column, shop))
-        for name, onnx in exported.items()
-        if "quantized" in onnx.manifest.facts
+        part.name: Quantized(exported[part.name].path / "model.onnx", _floats(state, part, column, shop))
+        for part in components_of(state.path, shop.requested)
+        if "quantized" in exported[part.name].manifest.facts
     }
 
 
-def _floats(name: str, earlier: Sequence[Artifact], column: Column, shop: Workshop) -> dict[str, Path]:
-    """Compile a component as it was in float, at the column's own precision and at the device's fastest."""
-    known = ((state, part) for state in earlier for part in components_of(state.path, shop.requested))
-    found = next(
-        (state, part)
-        for state, part in known
-        if part.name == name and read_quantization(state.path / part.folder) is None
-    )
-    onnx = export_part(*found, shop)
+def _floats(state: Artifact, part: Component, column: Column, shop: Workshop) -> dict[str, Path]:
+    """Compile a component as it is in float, at the column's own precision and at the device's fastest."""
+    onnx = export_float(state, part, shop)
     own = getattr(column.options, "precision", "")
     precisions = dict.fromkeys([own, *column.target.capabilities().precisions[-1:]]) if own else {"": None}
     made = {}
     for precision in precisions:
         options = replace(column.options, precision=precision) if precision else column.options
-        made[precision] = compile_part(onnx, name, replace(column, options=options), shop).path
+        made[precision] = compile_part(onnx, part.name, replace(column, options=options), shop).path
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit, fit, fit_means
+from calibration.index import file_digest
 from calibration.narrowing import overflowing
 from calibration.qdq import Manner
 from calibration.recording import Recording
@@ -25,8 +26,7 @@ from exporter.errors import ComponentFailed, RecipeError, ToolMissing
 from exporter.loan import DenseLoan
 from exporter.lowering.engine import Column
 from exporter.lowering.feeds import denoiser_call, recorded_calls
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
+from exporter.lowering.quantized import write_folded
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, TABLE, Quantization, write_quantization
 from exporter.progress import task
@@ -50,7 +50,7 @@ class Subject:
         component: of a state.
         folder: its folder in that state.
         digest: of that folder.
-        export: shapes and opset; the length of texts follows from the recording.
+        graph: ONNX file of it in float, weights in the state.
         rounds_results: whether a target has integer kernels only for convolutions whose results are rounded.
         column: the target that plans are made for; None where none runs here.
         workdir: keeps what is done, so that an interrupted stage goes on.
@@ -60,7 +60,7 @@ class Subject:
     component: Component
     folder: Path
     digest: str
-    export: ExportOptions
+    graph: Path
     rounds_results: bool
     column: Column | None
     workdir: Path
@@ -77,7 +77,7 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
     calibration = options.calibration
     given = read_plan(Path(options.plan)) if options.plan else {}
     recording = loan.recording(calibration.prompts, calibration.samples)
-    graph = _float_graph(subject, recording)
+    graph = write_folded(subject.graph, subject.workdir / "float")
     names = list(sites_of(ir.load(graph).graph))
     check_units(given, names, options.plan or "quantize.plan")
     results = options.results == "int8" or (options.results == "auto" and subject.rounds_results)
@@ -126,7 +126,7 @@ def _asked(
 
 def _known(subject: Subject, recording: Recording, options: QuantizeOptions, manner: Manner, loan: DenseLoan) -> Notes:
     """Return what is known of this network, these calls and this way of rounding."""
-    of = [subject.digest, subject.component.name, asdict(subject.export), recording.digest, loan.seed, loan.batch]
+    of = [subject.digest, subject.component.name, file_digest(subject.graph), recording.digest, loan.seed, loan.batch]
     how = [asdict(options.calibration), options.smoothness, options.group_size, manner.results, version("onnxruntime")]
     key = digest_of([of, how, __version__])
     subject.kept.mkdir(parents=True, exist_ok=True)
@@ -142,19 +142,6 @@ def _planned(subject: Subject, trial: Trial, known: Notes, options: QuantizeOpti
         )
     assert options.limit_db is not None
     return Planner(trial, options.scheme, column, known, subject.workdir, loan.progress).plan(options.limit_db)
-
-
-def _float_graph(subject: Subject, recording: Recording) -> Path:
-    tokens = _tokens(subject.component, recording) or subject.export.tokens
-    options = replace(subject.export, tokens=tokens)
-    return write_float_graph(subject.component, subject.folder, subject.digest, subject.workdir / "float", options)
-
-
-def _tokens(component: Component, recording: Recording) -> int:
-    if component.role == "text":
-        return int(recording.fed(component.folder, 0, 1)["input_ids"].shape[1])
-    states = recording.calls(0, 0, 1).given.get("encoder_hidden_states")
-    return 0 if states is None else int(states.shape[1])
 
 
 def _fitted(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nncf
 import numpy as np
@@ -15,13 +14,7 @@ from calibration.fitting import fit
 from calibration.qdq import write_quantized
 from calibration.sites import sites_of
 from calibration.statistics import Study
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
-from exporter.states import components_of
 from targets.ort import OnnxRuntime
-
-if TYPE_CHECKING:
-    from exporter.loan import DenseLoan
 
 pytestmark = pytest.mark.slow
 
@@ -53,11 +46,8 @@ def worst_db(wanted: list[np.ndarray], got: list[np.ndarray]) -> float:
 
 
 @pytest.mark.timeout(600)
-def test_all_layers_in_8_bits_are_as_exact_as_nncfs(tiny_loan: DenseLoan, tmp_path: Path) -> None:
-    component = next(part for part in components_of(tiny_loan.dense.path) if part.role == "denoiser")
-    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    folder = tiny_loan.dense.path / component.folder
-    graph = write_float_graph(component, folder, "0" * 64, tmp_path / "float", shapes)
+def test_all_layers_in_8_bits_are_as_exact_as_nncfs(tiny_graph: Path, tmp_path: Path) -> None:
+    graph = tiny_graph
     theirs = nncf.quantize(
         onnx.load(graph),
         nncf.Dataset(CALLS),

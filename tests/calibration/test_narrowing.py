@@ -17,23 +17,17 @@ from torch import nn
 from calibration.errors import CalibrationError
 from calibration.narrowing import NEAR, narrow, overflowing
 from calibration.statistics import Study
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
-from exporter.states import components_of
 from targets.ort import OnnxRuntime
 
 if TYPE_CHECKING:
-    from exporter.loan import DenseLoan
+    pass
 
 CONV = "down_blocks.0.resnets.0.conv1"
 
 
 @pytest.fixture(scope="module")
-def graph(tiny_loan: DenseLoan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    component = next(part for part in components_of(tiny_loan.dense.path) if part.role == "denoiser")
-    folder, out = tiny_loan.dense.path / component.folder, tmp_path_factory.mktemp("float") / "graph"
-    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    return write_float_graph(component, folder, "0" * 64, out, shapes)
+def graph(tiny_graph: Path) -> Path:
+    return tiny_graph
 
 
 @pytest.fixture

@@ -18,10 +18,7 @@ from calibration.qdq import Manner, write_quantized
 from calibration.schemes import unit_of
 from calibration.sites import sites_of
 from calibration.statistics import Study, reach
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
 from exporter.networks.storage import load_network
-from exporter.states import components_of
 from targets.ort import OnnxRuntime
 
 if TYPE_CHECKING:
@@ -31,15 +28,9 @@ ROWS = 2
 FEED_FORWARD = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
 
 
-def exported(loan: DenseLoan, out: Path, *, dynamic: bool = False) -> Path:
-    component = next(part for part in components_of(loan.dense.path) if part.role == "denoiser")
-    options = ExportOptions(guided=False, batch=ROWS, latent=8, tokens=32, dynamic=dynamic)
-    return write_float_graph(component, loan.dense.path / component.folder, "0" * 64, out, options)
-
-
 @pytest.fixture(scope="module")
-def graph(tiny_loan: DenseLoan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tiny_loan, tmp_path_factory.mktemp("float") / "graph")
+def graph(tiny_graph: Path) -> Path:
+    return tiny_graph
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +200,8 @@ def test_schemes_are_as_close_as_their_bits(graph, fitted, tmp_path):
     assert found["int8-weights"] - 6 > found["int4-weights"] > 30
 
 
-def test_a_graph_with_open_shapes_is_rounded_for_all_of_them(tiny_loan, tmp_path):
-    graph = exported(tiny_loan, tmp_path / "graph", dynamic=True)
+def test_a_graph_with_open_shapes_is_rounded_for_all_of_them(tiny_loan, float_graph, tmp_path):
+    graph = float_graph(tiny_loan.dense.path / "unet", tmp_path / "graph", dynamic=True)
     fitted = fit(study(graph, tmp_path))
     path = written(graph, tmp_path / "out", everything(graph, "int8"), fitted, Manner(results=True))
     for shape in ({"rows": 1, "side": 8}, {"rows": 3, "side": 16}):

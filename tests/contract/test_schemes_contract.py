@@ -15,14 +15,11 @@ from calibration.qdq import Manner, write_quantized
 from calibration.schemes import NARROW
 from calibration.sites import sites_of
 from calibration.statistics import Study
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
-from exporter.states import components_of
 from targets.base import BuildsElsewhere, TargetMissing
 from targets.ort import OnnxRuntime
 
 if TYPE_CHECKING:
-    from exporter.loan import DenseLoan
+    pass
 
 RUNNING = [name for name in targets.TARGETS if targets.target(name).capabilities().runs]
 BUILDING = [
@@ -46,11 +43,8 @@ def call(seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def graph(tiny_loan: DenseLoan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    component = next(part for part in components_of(tiny_loan.dense.path) if part.role == "denoiser")
-    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    out = tmp_path_factory.mktemp("float") / "graph"
-    return write_float_graph(component, tiny_loan.dense.path / component.folder, "0" * 64, out, shapes)
+def graph(tiny_graph: Path) -> Path:
+    return tiny_graph
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,27 +98,23 @@ def recipe_of(source_of: Callable[[str], Path]) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def finished_of(
-    recipe_of: Callable[..., Recipe], source_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    recipe_of: Callable[..., Recipe],
+    source_of: Callable[[str], Path],
+    made_once: Callable[[str, Callable[[Path], object]], Path],
 ) -> Callable[[str], Finished]:
     """Return a function from family to its finished run, made once for all workers. Read only."""
     from exporter.progress import Silent
     from exporter.report.writing import read_record
     from exporter.run import run_recipe
 
-    own = tmp_path_factory.getbasetemp()
-    everyones = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     found: dict[str, Finished] = {}
 
     def finished(family: str) -> Finished:
         if family not in found:
-            out = everyones / f"{family}-run" / "out"
-            out.parent.mkdir(exist_ok=True)
-            with (out.parent / "lock").open("w") as alone:
-                fcntl.flock(alone, fcntl.LOCK_EX)
-                known = (out.parent / "made").is_file()
-                record = read_record(out) if known else run_recipe(recipe_of(family), out, progress=Silent())
-                (out.parent / "made").touch()
-            found[family] = Finished(family, source_of(family), out, record)
+            made = made_once(
+                f"{family}-run", lambda folder: run_recipe(recipe_of(family), folder / "out", progress=Silent())
+            )
+            found[family] = Finished(family, source_of(family), made / "out", read_record(made / "out"))
         return found[family]
 
     return finished

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from calibration.qdq import Manner
 from calibration.statistics import Feeds
 from exporter.errors import RecipeError
 from exporter.lowering.engine import Column
-from exporter.lowering.options import ExportOptions
-from exporter.lowering.quantized import write_float_graph
 from exporter.networks.quantization import FIT, QUANTIZATION, TABLE, read_quantization
 from exporter.progress import Silent
 from exporter.pruners.notes import Notes
@@ -30,8 +29,8 @@ from exporter.quantizing.trial import Trial, sensitivities
 from exporter.recipe import read_recipe
 from exporter.report.record import RunRecord
 from exporter.report.text import render_text
+from exporter.report.writing import read_record
 from exporter.run import run_recipe
-from exporter.states import components_of
 
 pytestmark = pytest.mark.slow
 RECOVERED, ROUNDED = "3-tuned", "4-quantized"
@@ -58,9 +57,13 @@ def recipe_of(folder: Path, source: Path, stages: list[dict[str, Any]], **extra:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+def run(tiny_pipeline_folder: Path, made_once: Callable[..., Path]) -> tuple[RunRecord, Path]:
     """Fewer channels, two zeros of four, recovered, then 8 bits; one block and one layer by hand stay in float."""
-    folder = tmp_path_factory.mktemp("rounded")
+    out = made_once("rounded", partial(carry_out, tiny_pipeline_folder)) / "out"
+    return read_record(out), out
+
+
+def carry_out(source: Path, folder: Path) -> None:
     (folder / "plan.txt").write_text("mid_block float\nconv_in float\n")
     prompts = str(folder / "prompts.txt")
     stages = [
@@ -70,8 +73,7 @@ def run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"quantize": {"scheme": "int8", "plan": str(folder / "plan.txt")}},
     ]
     states = {"prompts": prompts, "images": 2, "calls": 2, "latency_seconds": 0.5, "states": [RECOVERED, ROUNDED]}
-    out = folder / "out"
-    return run_recipe(read_recipe(recipe_of(folder, tiny_pipeline_folder, stages, measure=states)), out), out
+    run_recipe(read_recipe(recipe_of(folder, source, stages, measure=states)), folder / "out")
 
 
 def found(record: RunRecord, metric: str, target: str, state: str = ROUNDED) -> float:
@@ -211,13 +213,12 @@ def test_a_plan_made_by_measurement_keeps_to_its_limit_and_another_limit_asks_no
 
 
 @pytest.fixture(scope="module")
-def graph(run: tuple[RunRecord, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fit]:
+def graph(
+    run: tuple[RunRecord, Path], float_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Fit]:
     """The pruned network in float, and what was fitted to it."""
-    state = run[1] / "states" / ROUNDED
-    component = next(part for part in components_of(state) if part.role == "denoiser")
-    shapes = ExportOptions(guided=False, batch=2, latent=8, tokens=32)
-    folder = tmp_path_factory.mktemp("graph") / "float"
-    return write_float_graph(component, state / "unet", "0" * 64, folder, shapes), Fit.load(state / "unet" / FIT)
+    unet = run[1] / "states" / ROUNDED / "unet"
+    return float_graph(unet, tmp_path_factory.mktemp("graph") / "float"), Fit.load(unet / FIT)
 
 
 def call() -> Feeds:

@@ -13,13 +13,16 @@ from exporter.cli import main
 from exporter.recipe import Recipe, read_recipe
 
 MakeRecipe = Callable[..., Recipe]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+def tiny_recipe(
+    tiny_pipeline_folder: Path, made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory
+) -> MakeRecipe:
     """Return a function that makes a recipe on the tiny pipeline; keyword arguments replace top-level keys."""
     folder = tmp_path_factory.mktemp("recipes")
-    (folder / "prompts.txt").write_text("a cat\na dog\na hat\n")
+    prompts = made_once("prompts", lambda made: (made / "prompts.txt").write_text("a cat\na dog\na hat\n"))
 
     def make(**changes: Any) -> Recipe:
         recipe: dict[str, Any] = {
@@ -28,7 +31,7 @@ def tiny_recipe(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFac
             "sampling": {"steps": 3, "guidance": 3.0, "batch": 2},
             "stages": [{"prune": {"method": "magnitude", "keep_ratio": 0.75, "round_to": 8}}],
             "targets": {"ort": {"type": "onnxruntime", "threads": 1}},
-            "measure": {"prompts": str(folder / "prompts.txt"), "images": 3, "calls": 2, "latency_seconds": 0.2},
+            "measure": {"prompts": str(prompts / "prompts.txt"), "images": 3, "calls": 2, "latency_seconds": 0.2},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
         return read_recipe(folder / "recipe.yaml")
@@ -37,15 +40,16 @@ def tiny_recipe(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_recipe: MakeRecipe, made_once: MadeOnce) -> Path:
     """The folder of a finished run. Read only: copy it to change it."""
     from exporter.progress import Silent
     from exporter.run import run_recipe
 
-    out = tmp_path_factory.mktemp("finished") / "out"
-    record = run_recipe(tiny_recipe(), out, progress=Silent())
-    assert record.exit_code == 0, [cell.error for cell in record.cells]
-    return out
+    def carry_out(folder: Path) -> None:
+        record = run_recipe(tiny_recipe(), folder / "out", progress=Silent())
+        assert record.exit_code == 0, [cell.error for cell in record.cells]
+
+    return made_once("finished", carry_out) / "out"
 
 
 @pytest.fixture

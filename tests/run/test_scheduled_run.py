@@ -19,14 +19,14 @@ from exporter.networks.schedule import Schedule, read_schedule
 from exporter.networks.storage import load_network
 from exporter.progress import Silent
 from exporter.report.record import RunRecord
+from exporter.report.writing import read_record
 from exporter.run import run_recipe
 from exporter.runtime import load
 
 
 @pytest.fixture(scope="module")
-def scheduled(tiny_recipe, tmp_path_factory) -> tuple[Path, RunRecord]:
+def scheduled(tiny_recipe, made_once) -> tuple[Path, RunRecord]:
     """A run of 5 steps: pruned in width, then every second step cut. Read only."""
-    out = tmp_path_factory.mktemp("scheduled") / "out"
     recipe = tiny_recipe(
         sampling={"steps": 5, "guidance": 3.0, "batch": 2},
         stages=[
@@ -36,7 +36,8 @@ def scheduled(tiny_recipe, tmp_path_factory) -> tuple[Path, RunRecord]:
         measure={**tiny_recipe().measure.model_dump(), "states": "final"},
         gates=[{"metric": "latency.loop_ms", "max": 1e9, "state": "final"}, {"metric": "lowering.psnr_db", "min": 60}],
     )
-    record = run_recipe(recipe, out, progress=Silent())
+    out = made_once("scheduled", lambda folder: run_recipe(recipe, folder / "out", progress=Silent())) / "out"
+    record = read_record(out)
     assert record.exit_code == 0, [cell.error for cell in record.cells]
     return out, record
 
