@@ -244,6 +244,21 @@ def bench_pruners(  # noqa: PLR0913 - a command line's flags
     typer.echo(text)
 
 
+@app.command()
+def sparsity(
+    graph: Annotated[Path, typer.Argument(help="ONNX file, or a folder that holds model.onnx.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what of a graph sparse kernels could take, weight by weight, with the reasons."""
+    from dataclasses import asdict
+
+    from exporter.lowering.sparsity_report import product_share, report_text, sparse_weights
+
+    found = sparse_weights(graph / "model.onnx" if graph.is_dir() else graph)
+    data = {"weights": [asdict(item) for item in found], "product_share": product_share(found)}
+    _show(data, report_text(found), as_json)
+
+
 @app.command(name="targets")
 def list_targets(as_json: JsonOption = False) -> None:
     """List target types and what this machine offers for each."""

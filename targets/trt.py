@@ -145,7 +145,7 @@ class TensorRt(_Plans):
             return Capabilities(False, False, None, "", (), self._install, "'tensorrt' is not installed.")
         if _major(version) not in _MAJORS:
             reason = f"'tensorrt' is of another major version; got {version}, expected {_majors()}."
-            return Capabilities(False, False, version, "", (), "pip install 'tensorrt>=10.12,<12'", reason)
+            return Capabilities(False, False, version, "", (), "pip install 'tensorrt>=10.13,<12'", reason)
         return self._here(version, builds=isinstance(gpu, Gpu), gpu=gpu)
 
     def check(self, options: TrtOptions) -> None:

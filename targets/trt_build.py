@@ -86,10 +86,16 @@ class Told:
         path = folder / TOLD
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            found["order"] = Order(**found["order"] | {"capabilities": tuple(found["order"]["capabilities"])})
-            found["sparse"] = Sparse(**found["sparse"])
-            found["layers"] = tuple(Layer(**layer) for layer in found["layers"])
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+            return cls(
+                library=str(found["library"]),
+                device=str(found["device"]),
+                order=Order(**found["order"] | {"capabilities": tuple(found["order"]["capabilities"])}),
+                sparse=Sparse(**found["sparse"]),
+                layers=tuple(Layer(**layer) for layer in found["layers"]),
+                skipped=tuple(map(str, found["skipped"])),
+                warnings=tuple(map(str, found["warnings"])),
+                timing_cache=found["timing_cache"],
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise TargetError(f"{path}: what the builder told cannot be read: {error}. Compile again.") from error
 
@@ -132,12 +138,14 @@ def build(
         raise TargetError(f"{place}: its builder does not start: {error}. {log.last_error()}") from error
     network = builder.create_network(_network_flags(library))
     parser = library.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(source)):
+    taken = parser.parse_from_file(str(source))
+    if not taken or not network.num_outputs:  # bytes that are no graph at all are taken for an empty one
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        told = "; ".join(
-            f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}" for error in errors
+        said = [f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}" for error in errors]
+        raise TargetError(
+            f"{place}: {source}: not a graph that its parser takes; got: {'; '.join(said) or 'nothing that it answers'}. "
+            "Export it again."
         )
-        raise TargetError(f"{place}: {source}: not a graph that its parser takes; got: {told}. Export it again.")
     config = builder.create_builder_config()
     cache = _configure(library, config, order, place)
     watch = _monitor(library, progress) if progress else None
@@ -188,7 +196,7 @@ class Log:
 def logger_of(library: Any, log: Log) -> Any:
     """Return a logger of the library that keeps its messages in `log`."""
 
-    class Logger(library.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             library.ILogger.__init__(self)
 
@@ -201,7 +209,7 @@ def logger_of(library: Any, log: Log) -> Any:
 def _monitor(library: Any, progress: Callable[[float], None]) -> Any:
     """Return a monitor that tells the done fraction of the outermost phase that counts its steps."""
 
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self.outermost, self.steps = "", 1

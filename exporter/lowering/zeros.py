@@ -20,7 +20,7 @@ from torch import Tensor
 from exporter.errors import ComponentFailed
 from exporter.networks.sparsity import MAX_GROUP, Claims, Pattern, broken, stated
 
-_OPERATORS = ("Conv", "Gemm", "MatMul")
+OPERATORS = ("Conv", "Gemm", "MatMul")
 _ELEMENTWISE = ("Cast", "DequantizeLinear")
 """What may stand between a weight and its operator and leaves zeros zero: our integers are symmetric."""
 
@@ -44,13 +44,13 @@ def check_zeros(paths: Iterable[Path], claims: Claims, component: str) -> dict[s
     readers: dict[str, list[ir.Node]] = {}
     for path in paths:
         for node in ir.load(path).graph:
-            if node.op_type in _OPERATORS:
+            if node.op_type in OPERATORS:
                 readers.setdefault((node.name or "").rpartition("/")[0], []).append(node)
     operators = 0
     for name, pattern in claims.items():
         nodes = readers.get(name.removesuffix(".weight"), [])
         if not nodes:
-            raise _lost(component, name, pattern, f"got no {', '.join(_OPERATORS)} of that name in the graph")
+            raise _lost(component, name, pattern, f"got no {', '.join(OPERATORS)} of that name in the graph")
         for node in nodes:
             if told := _told(node, pattern):
                 raise _lost(component, name, pattern, f"{told}, in what {node.name} reads")
@@ -71,6 +71,16 @@ def _told(node: ir.Node, pattern: Pattern) -> str:
 
 def _zeros(node: ir.Node) -> tuple[Tensor, int] | None:
     """Return where the constant weight of an operator is not zero, and which of its axes is summed over."""
+    found = weight_of(node)
+    return None if found is None else (torch.from_numpy(np.asarray(values_of(found[0]) != 0)), found[1])
+
+
+def weight_of(node: ir.Node) -> tuple[Any, int] | None:
+    """Return the constant weight of an operator, and which of its axes is summed over; None where it has none.
+
+    Args:
+        node: a Conv, Gemm or MatMul. Between it and its weight there may be roundings, casts and transposes.
+    """
     rank = 4 if node.op_type == "Conv" else 2
     by_rows = node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1)
     axis, value = int(by_rows), node.inputs[1]
@@ -82,10 +92,10 @@ def _zeros(node: ir.Node) -> tuple[Tensor, int] | None:
         value = maker.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != rank:
         return None
-    return torch.from_numpy(np.asarray(_values(value.const_value) != 0)), axis
+    return value.const_value, axis
 
 
-def _values(tensor: Any) -> NDArray[Any]:
+def values_of(tensor: Any) -> NDArray[Any]:
     """Return the numbers of a tensor; those outside of the graph are read here, since onnx refuses linked files."""
     if not isinstance(tensor, ir.ExternalTensor):
         values: NDArray[Any] = tensor.numpy()

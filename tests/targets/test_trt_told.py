@@ -19,14 +19,17 @@ EIGHT = [
     "(Sparsity) TRT inference plan picked sparse implementation for layers:",
 ]
 LISTED = """Layers:
-Name: mid.conv1/Conv_myl0_7, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [32,8,8,8], Strides: [512,1,64,8], \
-StrideOrder: [3,0,2,1], Datatype: Int8, Format: (NHWC) Channel major format }], Constants: [ { Name: w, Dimensions: \
-[64,8,3,3], Datatype: Int8, Format: (NHWC) Channel major format }], Outputs: [ { Name: y, Dimensions: [32,64,8,8], \
-Datatype: Float, Format: (NHWC) Channel major format }], TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: [ONNX \
-Layer: mid.conv1/Conv][ONNX Layer: mid.conv1.weight/DequantizeLinear]
-Name: __myl_Silu_myl0_8, LayerType: kgen, Inputs: [ { Name: y, Dimensions: [32,64,8,8], Datatype: Float, Format: \
-(NHWC) Channel major format }], Constants: [], Outputs: [ { Name: z, Dimensions: [32,64,8,8], Datatype: Half, Format: \
-(NHWC) Channel major format }], TacticName: __myl_Silu_0xc658, StreamId: 0, Metadata: [ONNX Layer: act/Mul]
+Name: mid.conv1/Conv_myl0_7, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [32,8,8,8], \
+Strides: [512,1,64,8], StrideOrder: [3,0,2,1], Datatype: Int8, Format: (NHWC) Channel major format }], \
+Constants: [ { Name: w, Dimensions: [64,8,3,3], Datatype: Int8, Format: (NHWC) Channel major format }], \
+Outputs: [ { Name: y, Dimensions: [32,64,8,8], Datatype: Float, Format: (NHWC) Channel major format }], \
+TacticName: __myelin_CASK_STUB, StreamId: 0, \
+Metadata: [ONNX Layer: mid.conv1/Conv][ONNX Layer: mid.conv1.weight/DequantizeLinear]
+Name: __myl_Silu_myl0_8, LayerType: kgen, \
+Inputs: [ { Name: y, Dimensions: [32,64,8,8], Datatype: Float, Format: (NHWC) Channel major format }], \
+Constants: [], \
+Outputs: [ { Name: z, Dimensions: [32,64,8,8], Datatype: Half, Format: (NHWC) Channel major format }], \
+TacticName: __myl_Silu_0xc658, StreamId: 0, Metadata: [ONNX Layer: act/Mul]
 Name: sample, Dimensions: [32,8,8,8]"""
 INSPECTED = {
     "Layers": [
