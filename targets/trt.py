@@ -71,6 +71,7 @@ class _Plans:
     """What both products share."""
 
     type: str
+    product: str
     module: str
     distribution: str
     engine_file = PLAN
@@ -115,14 +116,12 @@ class _Plans:
         gpu = find_gpu()
         if isinstance(gpu, str):
             raise TargetMissing(f"{self._place}: {engine}: built, but {gpu} Run it on a machine that has one.")
-        check_fits(Told.load(engine), gpu, f"{self._place}: {engine}", self._running())
+        running = f"{self.product} {installed_version(self.distribution)}"
+        check_fits(Told.load(engine), gpu, f"{self._place}: {engine}", running)
         from targets.trt_session import CudaSession
 
         graph = bool(getattr(options, "cuda_graph", False))
         return CudaSession(self._library(), engine, named(gpu), self._place, graph=graph)
-
-    def _running(self) -> str:
-        raise NotImplementedError
 
     def built(self, engine: Path) -> Evidence:
         """Return what is known of an engine without running it."""
@@ -134,6 +133,7 @@ class TensorRt(_Plans):
     """Builds and runs on the NVIDIA device of this machine."""
 
     type = "tensorrt"
+    product = "TensorRT"
     module = "tensorrt"
     distribution = "tensorrt"
     options = TrtOptions
@@ -189,14 +189,12 @@ class TensorRt(_Plans):
         )
         build(self._library(), source, out, order, named(gpu))
 
-    def _running(self) -> str:
-        return f"TensorRT {installed_version(self.distribution)}"
-
 
 class TensorRtRtx(_Plans):
     """Builds for RTX devices on any machine, and runs where one of them is."""
 
     type = "tensorrt-rtx"
+    product = "TensorRT-RTX"
     module = "tensorrt_rtx"
     distribution = "tensorrt_rtx"
     options = RtxOptions
@@ -233,9 +231,6 @@ class TensorRtRtx(_Plans):
         self.check(options)
         order = Order(sparse=options.sparse, workspace_mib=options.workspace_mib, capabilities=options.devices)
         build(self._library(), source, out, order, f"RTX devices {', '.join(options.devices)}")
-
-    def _running(self) -> str:
-        return f"TensorRT-RTX {installed_version(self.distribution)}"
 
 
 def check_fits(told: Told, gpu: Gpu, place: str, running: str) -> None:

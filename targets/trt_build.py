@@ -142,10 +142,8 @@ def build(
     if not taken or not network.num_outputs:  # bytes that are no graph at all are taken for an empty one
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = [f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}" for error in errors]
-        raise TargetError(
-            f"{place}: {source}: not a graph that its parser takes; got: {'; '.join(said) or 'nothing that it answers'}. "
-            "Export it again."
-        )
+        got = "; ".join(said) or "nothing that it answers"
+        raise TargetError(f"{place}: {source}: not a graph that its parser takes; got: {got}. Export it again.")
     config = builder.create_builder_config()
     cache = _configure(library, config, order, place)
     watch = _monitor(library, progress) if progress else None

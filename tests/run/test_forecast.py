@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from exporter.costs import Machine, cost_of
 from exporter.errors import RecipeError
 from exporter.forecast import Forecast, compare
+from exporter.meter import Took
 from exporter.networks.components import denoiser
 from exporter.preflight import check_recipe
 from exporter.progress import Silent
@@ -48,7 +49,7 @@ def test_a_finished_run_records_what_it_took_beside_what_was_expected(apart: Pat
 
 def test_the_comparison_is_got_over_expected() -> None:
     expected = Forecast(1000, 800, 100, 60, 50, "tuning")
-    found = compare(expected, memory_mib=900.0, disk_mib=110.0, seconds=75.04, processor_seconds=40.0)
+    found = compare(expected, Took(900.0, 110.0, 75.04, 40.0))
     assert found["memory_mib"] == {"expected": 1000.0, "got": 900.0, "ratio": 0.9}
     assert found["seconds"] == {"expected": 60.0, "got": 75.0, "ratio": 1.251}
 
