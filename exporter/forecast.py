@@ -18,6 +18,7 @@ import psutil
 from exporter.costs import MIB, Machine, Network, cost_of, machine
 from exporter.lowering.engine import PARITY_CALLS, Column
 from exporter.lowering.options import ExportOptions
+from exporter.meter import Took
 from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.networks.source import SourceFacts
 from exporter.recipe import Recipe, StageSpec
@@ -110,18 +111,16 @@ class _Job:
         return [(stage, self.networks[_role(stage)]) for stage in stages if _role(stage) in self.networks]
 
 
-def compare(
-    forecast: Forecast, *, memory_mib: float | None, disk_mib: float, seconds: float, processor_seconds: float
-) -> dict[str, dict[str, float]]:
+def compare(forecast: Forecast, took: Took) -> dict[str, dict[str, float]]:
     """Return, for memory, disk and times, what was expected, what happened, and the ratio of the two.
 
     What nobody could see (None) is left out.
     """
     pairs = {
-        "memory_mib": (forecast.memory_mib, memory_mib),
-        "disk_mib": (forecast.disk_mib, disk_mib),
-        "seconds": (forecast.seconds, seconds),
-        "processor_seconds": (forecast.processor_seconds, processor_seconds),
+        "memory_mib": (forecast.memory_mib, took.memory_mib),
+        "disk_mib": (forecast.disk_mib, took.disk_mib),
+        "seconds": (forecast.seconds, took.seconds),
+        "processor_seconds": (forecast.processor_seconds, took.processor_seconds),
     }
     return {
         name: {"expected": float(expected), "got": round(got, 1), "ratio": round(got / max(expected, 1), 3)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +29,8 @@ from exporter.lowering.engine import (
 )
 from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.memo import MEMO, FileMemo
+from exporter.meter import Meter
 from exporter.metrics.gates import evaluate
-from exporter.metrics.size import MIB, own_peak_rss_mib, size_bytes
 from exporter.networks.components import Component, denoiser
 from exporter.preflight import Plan, check_recipe, parse_gates
 from exporter.progress import Progress, Silent
@@ -52,11 +51,6 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _processor_seconds() -> float:
-    """Return what processors have worked for this process and for the ones it has started."""
-    return sum(os.times()[:4])
-
-
 @dataclass
 class _Run:
     """What one run knows so far."""
@@ -68,9 +62,7 @@ class _Run:
     memo: FileMemo
     measure_again: bool
     started: str = field(default_factory=_now)
-    clock: float = field(default_factory=time.monotonic)
-    worked: float = field(default_factory=_processor_seconds)
-    peak_before_mib: float = field(default_factory=own_peak_rss_mib)
+    meter: Meter = field(default_factory=Meter)
     shared: str = ""
     states: dict[str, Artifact] = field(default_factory=dict)
     records: list[StateRecord] = field(default_factory=list)
@@ -314,7 +306,7 @@ def _record(run: _Run, *, complete: bool, code: int) -> RunRecord:
         exporter_version=__version__,
         recipe=run.recipe.model_dump(mode="json", exclude_none=True),
         started=run.started,
-        seconds=round(time.monotonic() - run.clock, 3),
+        seconds=round(run.meter.seconds, 3),
         complete=complete,
         exit_code=code,
         environment=environment(),
@@ -337,19 +329,7 @@ def _forecast(run: _Run) -> dict[str, dict[str, float]]:
         return {}
     from exporter.forecast import compare
 
-    return compare(
-        expected,
-        memory_mib=_peak_mib(run),
-        disk_mib=size_bytes(run.out) / MIB,
-        seconds=time.monotonic() - run.clock,
-        processor_seconds=_processor_seconds() - run.worked,
-    )
-
-
-def _peak_mib(run: _Run) -> float | None:
-    """Return the most memory that a process of the run had, or None: this one had more before, and keeps one mark."""
-    own = own_peak_rss_mib()
-    return max(own, run.peak_mib) if own > run.peak_before_mib else None
+    return compare(expected, run.meter.took(run.out, run.peak_mib))
 
 
 def _target_records(run: _Run) -> list[TargetRecord]:
