@@ -292,14 +292,20 @@ def _session(path: Path, options: OrtOptions, settings: Any = None, left_out: tu
 
 
 def _has_open_shapes(path: Path) -> bool:
-    """Return whether an ONNX file takes inputs of several shapes; a file that is none is the runtime's to refuse."""
+    """Return whether an ONNX file takes inputs of several shapes."""
+    sides = [side for value in _graph_of(path).input for side in value.type.tensor_type.shape.dim]
+    return any(not side.HasField("dim_value") for side in sides)
+
+
+def _graph_of(path: Path) -> Any:
+    """Return what an ONNX file says, the tensors beside it unread."""
+    import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no stubs
 
     try:
-        inputs = require("onnx", _PLACE, _INSTALL).load(str(path), load_external_data=False).graph.input
-    except (DecodeError, OSError):
-        return False
-    return any(not side.HasField("dim_value") for value in inputs for side in value.type.tensor_type.shape.dim)
+        return onnx.load(str(path), load_external_data=False).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise TargetError(f"{_PLACE}: {path}: not an ONNX file; got: {error}. Export it again.") from error
 
 
 def _hindering(path: Path) -> tuple[str, ...]:
@@ -330,16 +336,8 @@ def _spec(value: Any) -> TensorSpec:
 
 def _external_files(source: Path) -> list[str]:
     """Return the names of the files beside `source` that hold its large tensors."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(source), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise TargetError(f"{_PLACE}: {source}: not an ONNX file; got: {error}. Export it again.") from error
-    found = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
+    graph = _graph_of(source)
+    found = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
     for name in sorted(found):
         if Path(name).name != name or name in (".", ".."):
             raise TargetError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +14,6 @@ from calibration.qdq import Manner, write_quantized
 from calibration.sites import sites_of
 from calibration.statistics import Study
 from targets.ort import OnnxRuntime
-
-if TYPE_CHECKING:
-    pass
 
 RUNNING = [name for name in targets.TARGETS if targets.target(name).capabilities().runs]
 PAIRS = [(name, scheme) for name in RUNNING for scheme in targets.target(name).schemes]
