@@ -158,8 +158,8 @@ class OnnxRuntime:
         """Load an ONNX file unoptimised, for a few calls: memory goes back after every operator.
 
         The arena that keeps it for the next call took 22 GB for one call of SDXL's U-Net, 8 GB without. Planning which
-        operator may write into whose memory took 47 s of a graph of 13,000 operators with open shapes, 1 s without, and
-        9 % more memory for a call of SD 1.5's U-Net.
+        operator may write into whose memory pays where shapes are fixed (70 s to fit SD 1.5's U-Net, 96 s without)
+        and not where they are open (47 s for a graph of 13,000 operators, 1 s without).
         """
         return _OrtSession(path, OrtOptions(optimization="disabled"), arena=False)
 
@@ -171,7 +171,8 @@ class _OrtSession:
         self._path, self._settings = path, options
         self._closed = False
         settings = _library().SessionOptions()
-        settings.enable_cpu_mem_arena = settings.enable_mem_reuse = arena
+        settings.enable_cpu_mem_arena = arena
+        settings.enable_mem_reuse = arena or not _has_open_shapes(path)
         self._session: Any = _session(path, options, settings)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
@@ -290,6 +291,23 @@ def _session(path: Path, options: OrtOptions, settings: Any = None, left_out: tu
         ) from error
 
 
+def _has_open_shapes(path: Path) -> bool:
+    """Return whether an ONNX file takes inputs of several shapes."""
+    sides = [side for value in _graph_of(path).input for side in value.type.tensor_type.shape.dim]
+    return any(not side.HasField("dim_value") for side in sides)
+
+
+def _graph_of(path: Path) -> Any:
+    """Return what an ONNX file says, the tensors beside it unread."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no stubs
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise TargetError(f"{_PLACE}: {path}: not an ONNX file; got: {error}. Export it again.") from error
+
+
 def _hindering(path: Path) -> tuple[str, ...]:
     """Return the optimisers that keep a graph from the runtime's integer kernels.
 
@@ -318,16 +336,8 @@ def _spec(value: Any) -> TensorSpec:
 
 def _external_files(source: Path) -> list[str]:
     """Return the names of the files beside `source` that hold its large tensors."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no stubs
-
-    try:
-        model = onnx.load(str(source), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise TargetError(f"{_PLACE}: {source}: not an ONNX file; got: {error}. Export it again.") from error
-    found = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
+    graph = _graph_of(source)
+    found = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
     for name in sorted(found):
         if Path(name).name != name or name in (".", ".."):
             raise TargetError(

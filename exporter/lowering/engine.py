@@ -183,7 +183,7 @@ def export_part(state: Artifact, component: Component, shop: Workshop) -> Artifa
     quantization = read_quantization(source)
     if quantization is None:
         return plain
-    key = digest_of([state.part_digest(component.folder), component.name, plain.digest, __version__])
+    key = digest_of([state.part_digest(component.folder), component.name, plain.digest, __version__, _GRAPHS])
     work = shop.out / "work" / f"float-{key[:16]}"
 
     def build(out: Path) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +17,6 @@ from calibration.errors import CalibrationError
 from calibration.narrowing import NEAR, narrow, overflowing
 from calibration.statistics import Study
 from targets.ort import OnnxRuntime
-
-if TYPE_CHECKING:
-    pass
 
 CONV = "down_blocks.0.resnets.0.conv1"
 

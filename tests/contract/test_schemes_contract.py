@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +16,6 @@ from calibration.sites import sites_of
 from calibration.statistics import Study
 from targets.base import BuildsElsewhere, TargetError, TargetMissing
 from targets.ort import OnnxRuntime
-
-if TYPE_CHECKING:
-    pass
 
 RUNNING = [name for name in targets.TARGETS if targets.target(name).capabilities().runs]
 BUILDING = [
