@@ -17,7 +17,8 @@ missing() {
 [ "$(uname -sm)" = 'Linux x86_64' ] || missing "the bindings are for Linux x86_64; this is $(uname -sm)."
 command -v cc >/dev/null || missing 'no C compiler; cc is not on this machine.'
 if [ -n "${TENSORRT_WHEELS-}" ]; then
-  TENSORRT_WHEELS=$(CDPATH='' cd -- "$TENSORRT_WHEELS" && pwd -P) || missing "TENSORRT_WHEELS is no folder."
+  [ -d "$TENSORRT_WHEELS" ] || missing "TENSORRT_WHEELS: got '$TENSORRT_WHEELS', expected a folder with the wheels."
+  TENSORRT_WHEELS=$(CDPATH='' cd -- "$TENSORRT_WHEELS" && pwd -P)
   export TENSORRT_WHEELS
 fi
 cd -- "$root"
