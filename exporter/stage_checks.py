@@ -47,6 +47,19 @@ def check_data(recipe: Recipe, index: int, options: Any) -> None:
         raise RecipeError(f"{got} Lower {key} or give more prompts.")
 
 
+def check_named(place: str, options: Any, facts: SourceFacts) -> None:
+    """Refuse to quantize without prompts where the family draws from them: inputs are recorded in any case.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if not isinstance(options, QuantizeOptions) or options.calibration.prompts is not None:
+        return
+    if family(facts.pipeline_class).asked != "batch_size":
+        got = f"{place}.quantize.calibration.prompts: missing; expected a set or file of prompts to record inputs with."
+        raise RecipeError(f"{got} Write prompts: FILE (one a line), or a built-in set such as everyday.")
+
+
 def check_stages(recipe: Recipe, facts: SourceFacts) -> None:
     """Refuse stages that do not suit the source's family, or one another.
 
