@@ -49,13 +49,15 @@ def main() -> int:
     return carry_out(parser.parse_args(), STEPS, PER_VARIANT)
 
 
-def parser_of(description: str, variants: Iterable[str], steps: str) -> argparse.ArgumentParser:
+def parser_of(
+    description: str, variants: Iterable[str], steps: str, families: Iterable[str] = ("sd15", "narrow")
+) -> argparse.ArgumentParser:
     """Return the options of a script that takes figures of variants of one network, step by step."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", default=steps, help="which, in order")
     parser.add_argument("--only", default=",".join(variants), help="variants")
-    parser.add_argument("--family", default="sd15", choices=("sd15", "narrow"), help="narrow tries the script itself")
+    parser.add_argument("--family", default="sd15", choices=families, help="narrow tries the script itself")
     parser.add_argument("--latent", type=int, default=64, help="side of the latent")
     parser.add_argument("--alone", nargs=2, metavar=("STEP", "VARIANT"), help=argparse.SUPPRESS)
     return parser

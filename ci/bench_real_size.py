@@ -255,14 +255,14 @@ def _feeds(given: argparse.Namespace, timestep: float) -> dict[str, Any]:
     return feeds_of(given.out / "unet", given.latent, timestep)
 
 
-def feeds_of(network: Path, latent: int, timestep: float) -> dict[str, Any]:
+def feeds_of(network: Path, latent: int, timestep: float, seed: int = 0) -> dict[str, Any]:
     """Return standard normal inputs of the shapes that the network takes; every input but the timestep."""
     import numpy as np
 
     from exporter.lowering.wrappers import Sizes, example_feeds, signature
     from exporter.networks.storage import open_bare
 
-    module, values = open_bare(network, cls=CLS).module, np.random.default_rng(0)
+    module, values = open_bare(network, cls=CLS).module, np.random.default_rng(seed)
     shapes = (tuple(feed.shape) for feed in example_feeds(module, Sizes(1, latent, TOKENS)))
     found = {
         name: np.asarray(values.standard_normal(shape, dtype=np.float32))

@@ -1,13 +1,15 @@
 """Builds engines of a U-Net of Stable Diffusion 1.5's size with TensorRT-RTX, on random weights and without a GPU.
 
-``python ci/bench_real_tensorrt.py OUT`` makes a random U-Net, prunes a copy of it to two zeros in four, exports both,
-fits ranges on calls of standard normal inputs, writes a graph a scheme, looks at its sparsity and builds it. Each step
-is a process of its own and prints one JSON line with its time and its most memory. Nothing is run: what the engines
-compute in is read from the builder's log, and how fast they are, or whether a sparse kernel is in them, is not known.
+``python ci/bench_real_tensorrt.py OUT`` makes a random U-Net, or takes the embedded one (``--family embedded --latent
+8``), prunes a copy of it to two zeros in four, exports both, fits ranges on calls of standard normal inputs, writes a
+graph a scheme, looks at its sparsity, holds its answer in ONNX Runtime to the network's in f32, and builds it. Each
+step is a process of its own and prints one JSON line with its time and its most memory. No engine is run: what it
+computes in is read from the builder's log; how fast it is, or whether a sparse kernel is in it, is not known.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from types import MappingProxyType
@@ -33,8 +35,19 @@ VARIANTS: MappingProxyType[str, tuple[str, str, tuple[str, ...]]] = MappingProxy
 
 def main() -> int:
     """Run one step of one variant, or all of them in processes of their own; return the exit status."""
-    parser = parser_of(__doc__ or "", VARIANTS, "make,networks,fit,write,sparsity,build")
+    steps, families = "make,networks,fit,write,sparsity,parity,build", ("sd15", "narrow", "embedded")
+    parser = parser_of(__doc__ or "", VARIANTS, steps, families)
     return carry_out(parser.parse_args(), STEPS, PER_VARIANT)
+
+
+def _make(given: Namespace, variant: str) -> dict[str, Any]:
+    """Make the network: random of a real size, or the embedded model's own."""
+    if given.family != "embedded":
+        return QUANTIZING_STEPS["make"](given, variant)
+    from exporter.reference import SHAPES
+
+    shutil.copytree(SHAPES / "unet", given.out / "dense" / "unet", dirs_exist_ok=True)
+    return {"bytes": sum(path.stat().st_size for path in (given.out / "dense" / "unet").iterdir())}
 
 
 def _networks(given: Namespace, _: str) -> dict[str, Any]:
@@ -96,6 +109,28 @@ def _sparsity(given: Namespace, variant: str) -> dict[str, Any]:
     return {"seconds": took[0], **told, "says": summary(found)[-1]}
 
 
+def _parity(given: Namespace, variant: str) -> dict[str, Any]:
+    """Hold a graph to its network in f32, both as they are written, on a call that no range was fitted on."""
+    import numpy as np
+
+    from exporter.metrics.fidelity import compare
+    from targets.base import TargetError
+    from targets.ort import OnnxRuntime
+
+    network = VARIANTS[variant][0]
+    feeds = feeds_of(given.out / "dense" / "unet", given.latent, 401.0, seed=1)
+    answers = []
+    for folder in (given.out / network / "float", given.out / variant / "onnx"):
+        try:
+            session = OnnxRuntime().open_as_written(folder / "model.onnx")
+            answers.append(session(feeds)["out_sample"].astype(np.float32)[None])
+        except TargetError as error:
+            return {"psnr_db": None, "because": str(error)[:200]}
+        session.close()
+    found = compare(*answers)
+    return {"psnr_db": round(found.psnr_db[0], 2), "cosine": round(found.cosine[0], 6), "bad": found.bad[0]}
+
+
 def _build(given: Namespace, variant: str) -> dict[str, Any]:
     import targets
 
@@ -112,14 +147,15 @@ def _build(given: Namespace, variant: str) -> dict[str, Any]:
     return {"seconds": took[0], "engine_bytes": size, "layers": len(evidence.layers), "heavy": kinds}
 
 
-PER_VARIANT = ("fit", "write", "sparsity", "build")
+PER_VARIANT = ("fit", "write", "sparsity", "parity", "build")
 STEPS: MappingProxyType[str, Step] = MappingProxyType(
     {
-        "make": QUANTIZING_STEPS["make"],
+        "make": _make,
         "networks": _networks,
         "fit": _fit,
         "write": _write,
         "sparsity": _sparsity,
+        "parity": _parity,
         "build": _build,
     }
 )
