@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -13,13 +14,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from exporter.loops import loop_of_calls, scheduled_latency
+from exporter.metrics.intervals import median_interval
 from exporter.metrics.latency import Timer, latency_measurements
 from exporter.metrics.machine import Mode
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import DENSE, Place
 from exporter.metrics.size import memory_measurement, run_child, size_measurement
 from exporter.networks.chain import ChainSession
-from targets.base import Session
+from targets.base import DeviceTimed, Session
 
 Feeds = Mapping[str, NDArray[Any]]
 Open = Callable[[], Session]
@@ -71,7 +73,18 @@ def latency_of(it: Timing, open_dense: Open | None) -> list[Measurement]:
         if dense is not None:
             dense.close()
     loop = [loop_of_calls(latency, len(it.calls), it.place, ratio)] if it.is_denoiser else []
-    return [*latency_measurements(latency, it.place, ratio), *loop]
+    return [*latency_measurements(latency, it.place, ratio), *_on_device(it), *loop]
+
+
+def _on_device(it: Timing) -> list[Measurement]:
+    """Return ``latency.device_ms``, of sessions whose device has a clock: the network without transfers."""
+    if not isinstance(it.session, DeviceTimed):
+        return []
+    taken = [it.session.timed(it.calls[0])[1] for _ in range(it.timer.samples)]
+    low, high = median_interval(taken)
+    note = "between events of the device, without moving inputs and answers; right after the calls that were timed"
+    value = statistics.median(taken)
+    return [it.place.measured("latency.device_ms", value, "ms", low=low, high=high, samples=len(taken), note=note)]
 
 
 def over_float(it: Timing, rivals: Mapping[str, Open]) -> Measurement:

@@ -180,6 +180,14 @@ class Profiled(Session, Protocol):
 
 
 @runtime_checkable
+class DeviceTimed(Protocol):
+    """A session whose device has a clock of its own."""
+
+    def timed(self, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], float]:
+        """Run once; return the answers, and what the device took for the network alone, in ms."""
+
+
+@runtime_checkable
 class BuildsElsewhere(Protocol):
     """A target that compiles on machines which cannot run its engines."""
 

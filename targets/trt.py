@@ -15,7 +15,7 @@ from targets.base import Capabilities, Evidence, Profiled, TargetError, TargetMi
 from targets.nvidia import Gpu, find_gpu
 from targets.trt_build import PLAN, Order, Told, build
 
-_MAJORS = (10, 11)
+_MAJORS, _CUDAS = (10, 11), (13, 12)
 _SCHEMES = ("int8", "int8-weights", "fp16", "bf16", "fp8")
 _SPARSE_CAPABILITY, _FP8_CAPABILITY = (8, 0), (8, 9)
 RTX_DEVICES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -87,6 +87,18 @@ class _Plans:
     def _install(self) -> str:
         return f"pip install 'diffusion-exporter[{self.type}]'"
 
+    def _gpu(self) -> Gpu | str:
+        """Return the GPU that is here, or in one sentence why there is none that this library can use."""
+        gpu = find_gpu()
+        needed = next((cuda for cuda in _CUDAS if installed_version(f"{self.distribution}_cu{cuda}")), None)
+        if isinstance(gpu, Gpu) and needed is not None and _major(gpu.cuda) < needed:
+            return (
+                f"the NVIDIA driver is too old: it serves CUDA {gpu.cuda}, expected {needed} or newer for the "
+                f"{self.product} that is installed. Update the driver, or install "
+                f"{self.distribution}_cu{_major(gpu.cuda)}."
+            )
+        return gpu
+
     def _library(self) -> Any:
         return require(self.module, self._place, self._install)
 
@@ -122,7 +134,7 @@ class _Plans:
             TargetMissing: there is no GPU.
             TargetError: the plan is of another device or version.
         """
-        gpu = find_gpu()
+        gpu = self._gpu()
         if isinstance(gpu, str):
             raise TargetMissing(f"{self._place}: {engine}: built, but {gpu} Run it on a machine that has one.")
         running = f"{self.product} {installed_version(self.distribution)}"
@@ -149,7 +161,7 @@ class TensorRt(_Plans):
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do: engines are made of times taken on the GPU, so none are built without."""
-        version, gpu = installed_version(self.distribution), find_gpu()
+        version, gpu = installed_version(self.distribution), self._gpu()
         if version is None:
             return Capabilities(False, False, None, "", (), self._install, "'tensorrt' is not installed.")
         if _major(version) not in _MAJORS:
@@ -218,7 +230,7 @@ class TensorRtRtx(_Plans):
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do: build always, run on an RTX device."""
-        version, gpu = installed_version(self.distribution), find_gpu()
+        version, gpu = installed_version(self.distribution), self._gpu()
         if version is None:
             return Capabilities(False, False, None, "", (), self._install, "'tensorrt_rtx' is not installed.")
         if isinstance(gpu, Gpu) and gpu.capability not in RTX_DEVICES:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import RANGES, Evidence, Layer, Sparse, TargetError
+from targets.base import RANGES, Evidence, Layer, Sparse, TargetError, place_file
 from targets.trt_told import layers_of_log, runs_sparse, skipped_for_memory, sparse_nodes, sparse_of_log
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Told:
     Attributes:
         library: name and version.
         device: that it was built on, or for.
+        graph: name of the ONNX file that it was built from.
         order: what was asked, but for the bytes of a timing cache, whose digest is in `timing_cache`.
         sparse: what the log said of sparse kernels.
         layers: of the engine, where the log lists them.
@@ -75,6 +76,7 @@ class Told:
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     timing_cache: str | None = None
+    graph: str = "model.onnx"
 
     def save(self, folder: Path) -> None:
         """Write ``build.json``."""
@@ -99,6 +101,7 @@ class Told:
                 skipped=tuple(map(str, found["skipped"])),
                 warnings=tuple(map(str, found["warnings"])),
                 timing_cache=found["timing_cache"],
+                graph=str(found["graph"]),
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise TargetError(f"{path}: what the builder told cannot be read: {error}. Compile again.") from error
@@ -174,7 +177,12 @@ def build(
         skipped=tuple(skipped_for_memory(log.messages)[:_KEPT_LINES]),
         warnings=tuple(log.warnings[:_KEPT_LINES]),
         timing_cache=hashlib.sha256(order.timing_cache).hexdigest() if order.timing_cache else None,
+        graph=source.name,
     )
+    if order.strip:  # the weights that are put in on the device lie beside the plan
+        for file in sorted(source.parent.iterdir()):
+            if file.name != RANGES:
+                place_file(file, out / file.name)
     told.save(out)
     return told
 

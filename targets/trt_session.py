@@ -45,6 +45,8 @@ class CudaSession:
         self._engine = self._runtime.deserialize_cuda_engine((engine / PLAN).read_bytes())
         if self._engine is None:
             raise TargetError(f"{place}: {engine}: the plan was refused; got: {self._log.last_error()} Compile again.")
+        if self._told.order.strip:
+            self._put_weights_in(engine / self._told.graph)
         self._execution = self._engine.create_execution_context()
         if self._execution is None:
             raise TargetError(f"{place}: {engine}: no memory for it on {device}; got: {self._log.last_error()}")
@@ -57,6 +59,17 @@ class CudaSession:
         given = [name for name in names if self._engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
         self.inputs = tuple(self._spec(name) for name in given)
         self.outputs = tuple(self._spec(name) for name in names if name not in given)
+
+    def _put_weights_in(self, graph: Path) -> None:
+        """Give a plan that was built without them its weights, from the graph beside it."""
+        library = self._library
+        refitter = library.Refitter(self._engine, self._logger)
+        parser = library.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+            raise TargetError(
+                f"{self._place}: {graph}: the plan takes no weights from it; got: {self._log.last_error()} "
+                "Compile again."
+            )
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; transfers to the device and back are part of the call."""

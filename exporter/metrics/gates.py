@@ -217,11 +217,18 @@ def _cell(gate: Gate, measurements: Sequence[Measurement], state: str, target: s
                 state=state,
                 target=target,
                 component=gate.component,
-                note="nothing was measured here: the state, the target or the metric was not run",
+                note=_why_none(gate, measurements, state, target),
             )
             yield _judge(gate, bound, limit, empty, None)
         for measurement in found:
             yield _judge(gate, bound, limit, measurement, reference.get(measurement.component))
+
+
+def _why_none(gate: Gate, measurements: Sequence[Measurement], state: str, target: str) -> str:
+    """Return why a component has no such value: as the whole cell says it, where that has none either."""
+    here = (m for m in measurements if (m.name, m.state, m.target) == (gate.metric, state, target))
+    told = next((m.note for m in here if m.component is None and m.value is None), "")
+    return told or "nothing was measured here: the state, the target or the metric was not run"
 
 
 def _matching(gate: Gate, measurements: Sequence[Measurement], state: str, target: str) -> list[Measurement]:

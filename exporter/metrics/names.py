@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "fidelity.kid": Metric("score", "lower", _IMAGES),
     "fidelity.kid.inception": Metric("score", "lower", _IMAGES),
     "latency.median_ms": Metric("ms", "lower", _LATENCY),
+    "latency.device_ms": Metric("ms", "lower", _LATENCY),
     "latency.loop_ms": Metric("ms", "lower", _LATENCY),
     "latency.p90_ms": Metric("ms", "lower", _LATENCY),
     "latency.image_ms": Metric("ms", "lower", _LATENCY),

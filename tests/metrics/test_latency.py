@@ -12,6 +12,7 @@ from exporter.errors import ComponentFailed
 from exporter.metrics.latency import Latency, Pairs, Timer, check_comparable, latency_measurements
 from exporter.metrics.machine import Mode, cpu_model, usable_cores
 from exporter.metrics.place import Place
+from exporter.timing import Timing, latency_of
 
 PLACE = Place("1-pruned", "openvino", "unet")
 MODE = Mode(threads=2, cpu="a processor", cores=2, governor="performance", turbo="on", power="mains", load=0.4)
@@ -204,3 +205,26 @@ def test_processor_is_named(tmp_path: Path) -> None:
     table.write_text("processor : 0\nmodel name\t: Some CPU @ 2.0 GHz\n")
     assert cpu_model(table) == "Some CPU @ 2.0 GHz"
     assert cpu_model(tmp_path / "none")
+
+
+class OnDevice:
+    """A session that takes no time, and whose device says that it took 2 ms."""
+
+    inputs = outputs = ()
+
+    def __call__(self, feeds: object) -> dict[str, object]:
+        return {}
+
+    def timed(self, feeds: object) -> tuple[dict[str, object], float]:
+        return {}, 2.0
+
+
+def test_what_a_devices_own_clock_says_stands_beside_the_call() -> None:
+    place, timer = Place("0-dense", "trt", "unet"), Timer(samples=5, budget_s=1.0)
+    found = latency_of(Timing(OnDevice(), [{}], place, timer, is_denoiser=True), None)
+    by_name = {item.name: item for item in found}
+    assert by_name["latency.device_ms"].value == 2.0
+    assert by_name["latency.device_ms"].samples == 5
+    assert by_name["latency.median_ms"].value < 1.0
+    plain = latency_of(Timing(lambda feeds: {}, [{}], place, timer, is_denoiser=False), None)
+    assert {item.name for item in plain} == {"latency.median_ms", "latency.p90_ms"}

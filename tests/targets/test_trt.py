@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ import targets
 from targets.base import RANGES, Layer, Sparse, TargetError, TargetMissing
 from targets.nvidia import Gpu, find_gpu
 from targets.trt import RtxOptions, TensorRt, TensorRtRtx, TrtOptions, check_fits, named
-from targets.trt_build import PLAN, TOLD, Order, Told
+from targets.trt_build import PLAN, TOLD, Order, Told, _configure
 
 RTX = TensorRtRtx()
 LAPTOP = Gpu("NVIDIA RTX 4070", "8.9", "13.0")
@@ -210,3 +211,42 @@ def test_what_multiplies_sparsely_is_known_only_where_all_kernels_show_it() -> N
     disagreeing = dataclasses.replace(told(), sparse=Sparse(2, 2)).evidence("gpu", (sparse, dense))
     assert disagreeing.sparse == Sparse(2, 2, None)
     assert any("disagree" in note for note in disagreeing.notes)
+
+
+def test_a_driver_that_is_too_old_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("targets.trt.find_gpu", lambda: dataclasses.replace(LAPTOP, cuda="12.4"))
+    versions = {"tensorrt": "11.4.0", "tensorrt_cu13": "11.4.0"}
+    monkeypatch.setattr("targets.trt.installed_version", versions.get)
+    with pytest.raises(TargetMissing, match=r"driver is too old: it serves CUDA 12\.4, expected 13 or newer .*Update"):
+        TensorRt().check(TrtOptions())
+    versions["tensorrt_cu12"] = versions.pop("tensorrt_cu13")
+    TensorRt().check(TrtOptions())
+    assert TensorRt().capabilities().runs
+
+
+class Settings:
+    """A builder's configuration that takes no timing cache but its own."""
+
+    profiling_verbosity = None
+
+    def create_timing_cache(self, data: bytes) -> object:
+        return data
+
+    def set_timing_cache(self, cache: object, *, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        return cache == b"own"
+
+
+def test_a_timing_cache_of_another_version_is_refused() -> None:
+    names = ("SPARSE_WEIGHTS", "REFIT", "REFIT_IDENTICAL", "STRIP_PLAN", "VERSION_COMPATIBLE")
+    flags = SimpleNamespace(**dict(zip(names, range(5), strict=True)))
+    library = SimpleNamespace(ProfilingVerbosity=SimpleNamespace(DETAILED=2), BuilderFlag=flags)
+    _configure(library, Settings(), Order(sparse=False, timing_cache=b"own"), "TensorRT 11")
+    with pytest.raises(TargetError, match=r"timing_cache: it is of another version or another device; .*Leave it out"):
+        _configure(library, Settings(), Order(sparse=False, timing_cache=b"others"), "TensorRT 11")
+
+
+def test_what_was_not_tried_for_want_of_memory_is_told(tmp_path: Path) -> None:
+    line = "Skipping tactic 0x1f due to insufficient memory on requested size of 536870912 detected for tactic 0x1f."
+    dataclasses.replace(told(), skipped=(line,)).save(tmp_path)
+    assert f"not tried for want of memory: {line}" in RTX.built(tmp_path).notes

@@ -91,6 +91,19 @@ class Library:
         assert self.kind is not None
         return Engine(self.kind)
 
+    refits = True
+
+    def Refitter(self, engine: Engine, logger: object) -> Library:  # noqa: N802 - the library's name
+        return self
+
+    OnnxParserRefitter = Refitter
+
+    def refit_from_file(self, path: str) -> bool:
+        return Path(path).read_bytes() == b"weights"
+
+    def refit_cuda_engine(self) -> bool:
+        return self.refits
+
     def nptype(self, kind: Kind) -> type:
         if kind.value is None:
             raise TypeError("could not resolve")
@@ -134,6 +147,17 @@ def test_a_closed_session_refuses_every_call(opened: Callable[[Kind | None], Cud
 def test_an_end_of_a_type_that_numpy_has_not_is_refused(opened: Callable[[Kind | None], CudaSession]) -> None:
     with pytest.raises(TargetError, match=r"'x' cannot be fed or fetched; got BF16, expected .* Export the graph"):
         opened(Kind.BF16)
+
+
+def test_a_plan_without_weights_gets_them_from_the_graph_beside_it(
+    opened: Callable[[Kind | None], CudaSession], tmp_path: Path
+) -> None:
+    Told("TensorRT 11.4", "card (8.9)", Order(strip=True), Sparse(None, None), ()).save(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    assert opened(Kind.FLOAT)({"x": np.zeros((2, 3), np.float32)})["y"].shape == (2, 3)
+    (tmp_path / "model.onnx").write_bytes(b"others")
+    with pytest.raises(TargetError, match=r"model\.onnx: the plan takes no weights from it; got: it said nothing"):
+        opened(Kind.FLOAT)
 
 
 def test_a_runtime_that_does_not_start_is_refused(opened: Callable[[Kind | None], CudaSession]) -> None:
