@@ -1,4 +1,4 @@
-"""What operators of our graphs compute, as functions of tensors; what else they take is known when a program is made."""
+"""What operators of our graphs compute: functions of tensors, and of facts that are known when a program is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX file as torch reads it: its inputs and outputs, its nodes, and what is constant whatever it is called with."""
+"""An ONNX file as torch reads it: inputs and outputs, nodes, and what is constant whatever it is called with."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Question:
     def __init__(self, node: ir.Node, inputs: Sequence[Any]) -> None:
         self.attributes: Mapping[str, Any] = {name: item.value for name, item in node.attributes.items()}
         likes = [None if value is None else value.like for value in inputs]
-        self.shapes = [() if like is None else tuple(like.shape) for like in likes]
-        self.dtypes = [torch.float32 if like is None else like.dtype for like in likes]
+        self.shapes: Sequence[tuple[int, ...]] = [() if like is None else tuple(like.shape) for like in likes]
+        self.dtypes: Sequence[torch.dtype] = [torch.float32 if like is None else like.dtype for like in likes]
         self._inputs = inputs
 
     def given(self, index: int) -> bool:
@@ -192,7 +192,9 @@ class OnnxGraph:
             shape = tuple(values.shape)
             alone = node.op_type != "Conv" or node.attributes.get_int("group", 1) == 1
             pattern = alone and has_pattern(values)
-            reason = refusal(node.op_type, shape, weight.like.dtype) if pattern else "not two zeros in every four inputs"
+            reason = (
+                refusal(node.op_type, shape, weight.like.dtype) if pattern else "not two zeros in every four inputs"
+            )
             yield Weighted(name_of(node), node.op_type, shape, pattern, reason)
 
     def weight_of(self, node: ir.Node) -> Held | None:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from targets import torch_functions as functions
 
@@ -71,7 +70,7 @@ class Call:
     results: int = 1
 
 
-def _plain(function: Callable[..., Tensor]) -> Callable[[Asked], Call]:
+def _plain(function: Callable[..., Any]) -> Callable[[Asked], Call]:
     return lambda asked: Call(function)
 
 
@@ -98,7 +97,9 @@ def _reshape(asked: Asked) -> Call:
 
 def _squeeze(asked: Asked) -> Call:
     shape, axes = asked.shapes[0], asked.numbers(1)
-    gone = {axis % len(shape) for axis in axes} if axes is not None else {i for i, side in enumerate(shape) if side == 1}
+    gone = (
+        {axis % len(shape) for axis in axes} if axes is not None else {i for i, side in enumerate(shape) if side == 1}
+    )
     return _reshaped([side for index, side in enumerate(shape) if index not in gone])
 
 
@@ -121,7 +122,7 @@ def _transpose(asked: Asked) -> Call:
 
 
 def _expand(asked: Asked) -> Call:
-    shape = torch.broadcast_shapes(asked.shapes[0], tuple(_known(asked, 1)))
+    shape: Sequence[int] = torch.broadcast_shapes(asked.shapes[0], tuple(_known(asked, 1)))  # type: ignore[no-untyped-call]
     return Call(torch.broadcast_to, (0,), {"size": tuple(shape)})
 
 
@@ -259,34 +260,34 @@ def _only(asked: Asked, name: str, expected: Any) -> None:
         raise Unsupported(f"{name}: got {found!r}, expected {expected!r}")
 
 
+_PLAIN: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "Add": torch.add,
+        "And": torch.logical_and,
+        "Cos": torch.cos,
+        "Div": functions.divide,
+        "Equal": torch.eq,
+        "GlobalAveragePool": functions.pool,
+        "IsNaN": torch.isnan,
+        "MatMul": torch.matmul,
+        "Max": functions.largest,
+        "Mul": torch.mul,
+        "Neg": torch.neg,
+        "Pow": functions.power,
+        "Range": functions.count_up,
+        "Reciprocal": torch.reciprocal,
+        "Relu": torch.relu,
+        "Sigmoid": torch.sigmoid,
+        "Sin": torch.sin,
+        "Sqrt": torch.sqrt,
+        "Sub": torch.sub,
+        "Tanh": torch.tanh,
+        "Where": torch.where,
+    }
+)
 OPERATORS: Mapping[str, Callable[[Asked], Call]] = MappingProxyType(
     {
-        **{
-            name: _plain(function)
-            for name, function in {
-                "Add": torch.add,
-                "And": torch.logical_and,
-                "Cos": torch.cos,
-                "Div": functions.divide,
-                "Equal": torch.eq,
-                "GlobalAveragePool": functions.pool,
-                "IsNaN": torch.isnan,
-                "MatMul": torch.matmul,
-                "Max": functions.largest,
-                "Mul": torch.mul,
-                "Neg": torch.neg,
-                "Pow": functions.power,
-                "Range": functions.count_up,
-                "Reciprocal": torch.reciprocal,
-                "Relu": torch.relu,
-                "Sigmoid": torch.sigmoid,
-                "Sin": torch.sin,
-                "Sqrt": torch.sqrt,
-                "Sub": torch.sub,
-                "Tanh": torch.tanh,
-                "Where": torch.where,
-            }.items()
-        },
+        **{name: _plain(function) for name, function in _PLAIN.items()},
         "ArgMax": _argmax,
         "Attention": _attention,
         "Cast": _cast,

@@ -270,11 +270,9 @@ class _Builder:
         if isinstance(value, _Made):
             return value.node
         key = value.name if value.fixed else f"{value.name} {self._shapes}"
-        return self._code.get_attr(
-            self._weights.keep(key, lambda: value.load().contiguous().to(self._weights.device))
-        )
+        return self._code.get_attr(self._weights.keep(key, lambda: value.load().contiguous().to(self._weights.device)))
 
-    def _emit(  # noqa: PLR0913 - a call and what is known of it
+    def _emit(
         self,
         node: ir.Node,
         function: Callable[..., Any],
@@ -301,5 +299,3 @@ def _widened(node: ir.Node, made: _Made, inputs: Sequence[Any]) -> _Made:
         return made
     even = not zero or not bool(zero[0].load().any())
     return _Made(made.node, made.like, codes.node, scale) if even else made
-
-
