@@ -31,6 +31,11 @@ def largest(*tensors: Tensor) -> Tensor:
     return functools.reduce(torch.maximum, tensors)
 
 
+def smallest(*tensors: Tensor) -> Tensor:
+    """Return the elementwise minimum."""
+    return functools.reduce(torch.minimum, tensors)
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to another type."""
     return x.to(dtype)

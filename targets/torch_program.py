@@ -199,11 +199,13 @@ class _Builder:
     def _product(self, node: ir.Node, inputs: Sequence[Any]) -> None:
         """Emit a product with a constant weight: of 8-bit integers, semi-structured, or plain."""
         rows, weight, *bias = inputs
-        facts = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-        for name, expected in facts.items():
+        for name, expected in {"alpha": 1.0, "beta": 1.0, "transA": 0}.items():
             found = node.attributes[name].value if name in node.attributes else expected
             if node.op_type == "Gemm" and found != expected:
-                raise TargetError(f"{PLACE}: {name_of(node)} (Gemm): {name}: got {found}, expected {expected:g}.")
+                raise TargetError(
+                    f"{PLACE}: {self._graph.path}: {name_of(node)} (Gemm): {name}: got {found}, expected {expected:g}. "
+                    "Use another target for this network."
+                )
         by_rows, name = is_by_rows(node), name_of(node)
         like = functions.linear(rows.like, _turned(weight.like, by_rows))
         integers = self._integers(rows, weight, by_rows)
