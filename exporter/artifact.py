@@ -30,7 +30,7 @@ _PARTIAL, _TRASH = ".partial-", ".trash-"
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _SAFE_PATH = re.compile(r"[\w][\w.+@-]*(/[\w][\w.+@-]*)*")
 
-Kind = Literal["state", "recording", "onnx", "compiled", "engine"]
+Kind = Literal["state", "recording", "onnx", "compiled", "engine", "kit"]
 
 
 class FileFact(BaseModel):

@@ -18,7 +18,6 @@ from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.reference import JUDGE
 
-DENSE = "0-dense"
 TORCH = "torch"
 
 

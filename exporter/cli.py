@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +35,6 @@ SetOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: runs/NAME.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
-NamesOption = Callable[[str], Any]
 
 
 def main() -> None:
@@ -118,11 +116,7 @@ def run(  # noqa: PLR0913 - a command line's flags
         states=measured,
         ignore_memory=ignore_memory,
     )
-    from exporter.report.text import render_text
-    from exporter.report.writing import dump_record
-
-    text = dump_record(record) if as_json else f"{render_text(record)}\nReport: {folder / 'report.html'}"
-    typer.echo(text)
+    _tell(record, folder, as_json)
     raise typer.Exit(record.exit_code)
 
 
@@ -172,12 +166,11 @@ def inspect(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: JsonOption = False) -> None:
     """Render report.html and junit.xml again from report.json, and print the summary."""
-    from exporter.report.text import render_text
-    from exporter.report.writing import dump_record, read_record, write_reports
+    from exporter.report.writing import read_record, write_reports
 
     record = read_record(folder)
     write_reports(record, folder)
-    typer.echo(dump_record(record) if as_json else f"{render_text(record)}\nReport: {folder / 'report.html'}")
+    _tell(record, folder, as_json)
 
 
 @app.command()
@@ -242,6 +235,36 @@ def bench_pruners(  # noqa: PLR0913 - a command line's flags
         progress=_progress(quiet),
     )
     typer.echo(text)
+
+
+@app.command()
+def kit(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    target: Annotated[str, typer.Option("--target", help="The recipe's name of it.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to make. Default: RUN/kits/TARGET.")] = None,
+    states: Annotated[str | None, typer.Option(help="Only these states beside dense, comma-separated.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a folder that builds, checks and times a target's engines on a host without this package."""
+    from exporter.elsewhere.kit import write_kit
+
+    place = out or folder / "kits" / target
+    write_kit(folder, target, place, _progress(quiet), _names(states))
+    typer.echo(f"{place}: written. Take it to the host and follow README.txt; then exporter merge {folder} result.json")
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run that the kit was made of.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="result.json of the host.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Take what a host measured into the report, as a column of its own that the gates hold for too."""
+    from exporter.elsewhere.merged import merge as take_in
+
+    record = take_in(folder, result)
+    _tell(record, folder, as_json)
+    raise typer.Exit(record.exit_code)
 
 
 @app.command()
@@ -355,6 +378,13 @@ def _progress(quiet: bool) -> Any:
 
 def _show(data: object, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(data, indent=2) if as_json else text)
+
+
+def _tell(record: Any, folder: Path, as_json: bool) -> None:
+    from exporter.report.text import render_text
+    from exporter.report.writing import dump_record
+
+    typer.echo(dump_record(record) if as_json else f"{render_text(record)}\nReport: {folder / 'report.html'}")
 
 
 def _quiet_libraries() -> None:

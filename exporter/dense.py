@@ -10,10 +10,11 @@ from typing import Any
 from exporter.errors import SourceError
 from exporter.networks.components import family, present_components
 from exporter.networks.loras import FUSED, fuse, fused_entry, plan_fuse
+from exporter.networks.reading import read_object
 from exporter.networks.safety import INDEX_ENTRIES
 from exporter.networks.single_file import convert_single_file, held_by
 from exporter.networks.source import MODEL_INDEX, SourceFacts, shapes_of
-from exporter.networks.weights import plain_name, read_object
+from exporter.networks.weights import plain_name
 
 
 def fill_dense(source: Path, facts: SourceFacts, folder: Path) -> None:

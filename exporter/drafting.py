@@ -13,9 +13,10 @@ import targets
 from exporter.artifact import disk_failure, write_text
 from exporter.errors import RecipeError, SourceError, ToolMissing
 from exporter.networks.components import family
+from exporter.networks.reading import read_object
 from exporter.networks.single_file import refuse_pickles
 from exporter.networks.source import MODEL_INDEX, open_source
-from exporter.networks.weights import WEIGHT_STEMS, read_object, variants_of
+from exporter.networks.weights import WEIGHT_STEMS, variants_of
 from exporter.preflight import Plan, check_recipe
 from exporter.prompts import EVERYDAY
 from exporter.recipe import read_recipe

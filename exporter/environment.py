@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 _LIBRARIES = (
     "torch",
@@ -19,24 +18,32 @@ _LIBRARIES = (
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
     "torch-pruning",
     "torchmetrics",
     "numpy",
 )
 
 
-def environment() -> dict[str, Any]:
-    """Return what numbers of this machine depend on."""
+def machine() -> dict[str, Any]:
+    """Return what numbers of this machine depend on, torch's own settings left out."""
     return {
         "os": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_mib": psutil.virtual_memory().total >> 20,
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }
+
+
+def environment() -> dict[str, Any]:
+    """Return what numbers of a run on this machine depend on."""
+    import torch  # hosts that only measure have none
+
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {**machine(), "torch_threads": torch.get_num_threads(), "cuda": cuda}
 
 
 def _cpu_name() -> str:

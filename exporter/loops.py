@@ -7,10 +7,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from exporter.bench import DENSE
 from exporter.metrics.latency import Latency, Pairs, Timer, latency_measurements
 from exporter.metrics.measurement import Measurement, Ratio
-from exporter.metrics.place import Place
+from exporter.metrics.place import DENSE, Place
 from exporter.networks.chain import ChainSession
 from targets.base import Session
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calibration.calling import draw as call_pipeline
-from exporter.bench import DENSE, TORCH, Bench
+from exporter.bench import TORCH, Bench
 from exporter.metrics.features import Baseline, Verdicts, clip_score, judge_measurements, kid
 from exporter.metrics.images import detect, image_measurements, problem_measurement
 from exporter.metrics.measurement import Measurement
-from exporter.metrics.place import Place
+from exporter.metrics.place import DENSE, Place
 from exporter.progress import task
 from exporter.report.record import ImageRecord
 from exporter.runtime import pipeline_of

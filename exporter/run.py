@@ -13,10 +13,11 @@ from typing import Any
 from calibration.errors import CalibrationError
 from exporter import __version__
 from exporter.artifact import Artifact, disk_failure, locked, write_text
-from exporter.bench import DENSE, Bench
+from exporter.bench import Bench
 from exporter.built import built_cell
 from exporter.cells import Cells, cell_key, shared_key
 from exporter.collection import remember_used
+from exporter.elsewhere.merged import with_merged
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
 from exporter.lowering.engine import (
@@ -32,6 +33,7 @@ from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.memo import MEMO, FileMemo
 from exporter.meter import Meter
 from exporter.metrics.gates import evaluate
+from exporter.metrics.place import DENSE, Place
 from exporter.networks.components import Component, denoiser
 from exporter.preflight import Plan, check_recipe, parse_gates
 from exporter.progress import Progress, Silent
@@ -215,7 +217,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         if run.plan.until == "compile":
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
         if not column.target.capabilities().runs:
-            return built_cell(state, engine, column, run.out)
+            return built_cell(engine.path, exported, column.target, Place(name, column.name), run.out)
         quantized = quantized_of(state, exported, column, shop)
         fixed = None
         if run.recipe.shapes is not None:
@@ -299,6 +301,7 @@ def _note_state(run: _Run, state: Artifact, reused: bool, took: float) -> None:
 
 def _write(run: _Run, *, complete: bool, code: int, stopped: str = "") -> RunRecord:
     record = _record(run, complete=complete, code=code).model_copy(update={"stopped": stopped})
+    record = with_merged(record, run.out)
     write_reports(record, run.out)
     return record
 

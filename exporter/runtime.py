@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
@@ -30,13 +29,14 @@ import targets
 from exporter.artifact import Artifact, open_artifact
 from exporter.errors import ArtifactError, ComponentFailed, RecipeError, ToolMissing
 from exporter.networks.chain import ChainSession
-from exporter.networks.inputs import SHARED, inputs_of
+from exporter.networks.inputs import inputs_of
 from exporter.networks.pipeline import assemble
 from exporter.networks.safety import attach_safety_checker
-from exporter.networks.schedule import Schedule, check_guidance, check_sampler, read_schedule
+from exporter.networks.schedule import Schedule, check_guidance, check_sampler
+from exporter.sessions import open_network, run_batched
 from exporter.states import components_of, config_of
 from exporter.validation import options_from
-from targets.base import Session, Target, TargetError, TargetMissing, check_feeds, engine_file_of
+from targets.base import Session, TargetError, TargetMissing, engine_file_of
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -123,7 +123,7 @@ def open_sessions(folder: Path, facts: EngineFacts, names: tuple[str, ...] | Non
     sessions: dict[str, Session] = {}
     try:
         for name in names or facts.components:
-            sessions[name] = _open(target, folder / name, options, facts.ending)
+            sessions[name] = open_network(target, folder / name, options)
     except TargetMissing as error:
         close_sessions(sessions)
         raise ToolMissing(f"{folder / name}: {error}") from error
@@ -131,22 +131,6 @@ def open_sessions(folder: Path, facts: EngineFacts, names: tuple[str, ...] | Non
         close_sessions(sessions)
         raise ComponentFailed(f"{folder / name}: could not be loaded: {error}") from error
     return sessions
-
-
-def _open(target: Target, folder: Path, options: Any, ending: str) -> Session:
-    """Load what was compiled of one component: one graph, or those of its schedule as one session."""
-    schedule = read_schedule(folder)
-    if schedule is None:
-        return target.open(folder, options)
-    parts: list[Session] = []
-    try:
-        for pattern in schedule.patterns:
-            parts.append(target.open(folder / f"{pattern.name}{ending}", options))  # noqa: PERF401 - what is open is closed
-    except TargetError:
-        for part in parts:
-            part.close()
-        raise
-    return ChainSession(schedule, parts, run_batched)
 
 
 def open_session(folder: Path, facts: EngineFacts) -> Session:
@@ -350,40 +334,3 @@ class TextEncoder(_Engine):
 
 
 _MODULES: dict[str, type[_Engine]] = {"denoiser": Denoiser, "decoder": Decoder, "encoder": Encoder, "text": TextEncoder}
-
-
-def run_batched(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a session whose batch is fixed on any number of rows: in chunks, the last one filled up by repetition.
-
-    Args:
-        session: inputs carry the batch on their first axis; a scalar (a U-Net's timestep) and `SHARED` do not.
-        feeds: as `Session.__call__`, but cast to the session's dtypes here and with any number of rows.
-
-    Returns:
-        As `Session.__call__`, with as many rows as were fed, in memory that the next call does not touch.
-    """
-    specs = {spec.name: spec for spec in session.inputs}
-    cast = {
-        name: np.asarray(array, dtype=specs[name].dtype, order="C") if name in specs else array
-        for name, array in feeds.items()
-    }
-    rows = next((len(array) for name, array in cast.items() if _has_rows(name, array)), 1)
-    fixed = next((spec.shape[0] for spec in session.inputs if spec.shape and spec.name not in SHARED), -1)
-    if fixed in (-1, rows):
-        return {name: np.array(array) for name, array in session(cast).items()}
-    parts = [_chunk(session, cast, start, fixed) for start in range(0, rows, fixed)]
-    return {name: np.concatenate([part[name] for part in parts])[:rows] for name in parts[0]}
-
-
-def _has_rows(name: str, array: Array) -> bool:
-    return array.ndim > 0 and name not in SHARED
-
-
-def _chunk(session: Session, feeds: Mapping[str, Array], start: int, size: int) -> dict[str, Array]:
-    chunk: dict[str, Array] = {}
-    for name, array in feeds.items():
-        part = array[start : start + size] if _has_rows(name, array) else array
-        missing = size - len(part) if _has_rows(name, array) else 0
-        chunk[name] = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-    check_feeds(session.inputs, chunk, "engine")
-    return {name: np.array(array) for name, array in session(chunk).items()}

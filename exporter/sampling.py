@@ -10,7 +10,7 @@ from typing import Any
 from calibration.calling import Drawing
 from exporter.errors import RecipeError, SourceError
 from exporter.networks.components import denoiser
-from exporter.networks.weights import read_object
+from exporter.networks.reading import read_object
 from exporter.recipe import Sampling
 from exporter.states import config_of, family_of, image_size, own_size, pipeline_class_of, size_step, vae_scale
 from exporter.validation import one_of

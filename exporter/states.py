@@ -10,7 +10,7 @@ from calibration.calling import Form
 from exporter.errors import ArtifactError, SourceError
 from exporter.networks.components import Component, Family, denoiser, family, present_components, present_tokenizers
 from exporter.networks.inputs import SHARED, inputs_of
-from exporter.networks.weights import read_object
+from exporter.networks.reading import read_object
 
 
 def pipeline_class_of(folder: Path) -> str:

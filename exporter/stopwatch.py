@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from exporter.artifact import digest_of, write_text
+from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, ToolMissing
-from exporter.lowering.engine import Column, compile_apart
+from exporter.lowering.engine import Column
 from exporter.lowering.options import ExportOptions
 from exporter.metrics.latency import Timer
 from exporter.networks.fingerprint import structure_of
@@ -150,7 +151,7 @@ class TargetStopwatch:
         (folder / "engine").mkdir()
         try:
             feeds = build(folder / "onnx")
-            compile_apart(self._column, folder / "onnx" / "model.onnx", folder / "engine")
+            compile_graphs(self._column.target, self._column.options, folder / "onnx", folder / "engine")
             shutil.rmtree(folder / "onnx")
             save_arrays(feeds, folder / "engine" / _FEEDS)
             yield folder / "engine"

@@ -10,15 +10,19 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from targets.base import Evidence, Layer, Sparse, TargetError
 from targets.trt_told import layers_of_log, runs_sparse, skipped_for_memory, sparse_of_log
+
+if TYPE_CHECKING:
+    import tensorrt as trt  # stands for TensorRT-RTX too
 
 PLAN = "engine.plan"
 TOLD = "build.json"
 _MIB = 2**20
 _KEPT_LINES = 20
+_LEVELS = {"ampere": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class Log:
         return self.errors[-1] if self.errors else "it said nothing."
 
 
-def logger_of(library: Any, log: Log) -> Any:
+def logger_of(library: Any, log: Log) -> trt.ILogger:
     """Return a logger of the library that keeps its messages in `log`."""
 
     class Logger(library.ILogger):  # type: ignore[misc]
@@ -204,7 +208,7 @@ def logger_of(library: Any, log: Log) -> Any:
     return Logger()
 
 
-def _monitor(library: Any, progress: Callable[[float], None]) -> Any:
+def _monitor(library: Any, progress: Callable[[float], None]) -> trt.IProgressMonitor:
     """Return a monitor that tells the done fraction of the outermost phase that counts its steps."""
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]
@@ -234,7 +238,7 @@ def _network_flags(library: Any) -> int:
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
 
-def _configure(library: Any, config: Any, order: Order, place: str) -> Any:
+def _configure(library: Any, config: trt.IBuilderConfig, order: Order, place: str) -> trt.ITimingCache | None:
     """Put an order into a builder's configuration; return its timing cache, which has to outlive the build."""
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
     if order.workspace_mib is not None:
@@ -242,24 +246,20 @@ def _configure(library: Any, config: Any, order: Order, place: str) -> Any:
     if order.optimization is not None:
         config.builder_optimization_level = order.optimization
     flags = {
-        "SPARSE_WEIGHTS": order.sparse,
-        "REFIT": order.refit == "all",
-        "REFIT_IDENTICAL": order.refit == "identical",
-        "STRIP_PLAN": order.strip,
-        "VERSION_COMPATIBLE": order.version_compatible,
+        library.BuilderFlag.SPARSE_WEIGHTS: order.sparse,
+        library.BuilderFlag.REFIT: order.refit == "all",
+        library.BuilderFlag.REFIT_IDENTICAL: order.refit == "identical",
+        library.BuilderFlag.STRIP_PLAN: order.strip,
+        library.BuilderFlag.VERSION_COMPATIBLE: order.version_compatible,
     }
-    for name, wanted in flags.items():
+    for flag, wanted in flags.items():
         if wanted:
-            config.set_flag(_member(library.BuilderFlag, name, place))
-    levels = {"this": "NONE", "ampere": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
+            config.set_flag(flag)
     if order.hardware != "this":
-        level = _member(library.HardwareCompatibilityLevel, levels[order.hardware], place)
+        level = _member(library.HardwareCompatibilityLevel, _LEVELS[order.hardware], place)
         config.hardware_compatibility_level = level
     if order.capabilities:
-        config.num_compute_capabilities = len(order.capabilities)
-        for index, capability in enumerate(order.capabilities):
-            name = f"SM{capability.replace('.', '')}"
-            config.set_compute_capability(_member(library.ComputeCapability, name, place), index)
+        _build_for(library, config, order.capabilities, place)
     if order.timing_cache is None:
         return None
     cache = config.create_timing_cache(order.timing_cache)
@@ -269,6 +269,19 @@ def _configure(library: Any, config: Any, order: Order, place: str) -> Any:
             "one of this. Leave it out, and keep the one that the build writes."
         )
     return cache
+
+
+def _build_for(library: Any, config: Any, capabilities: tuple[str, ...], place: str) -> None:
+    """Build for devices that are named and not for the one that is here, which TensorRT-RTX alone can."""
+    if not hasattr(library, "ComputeCapability"):
+        raise TargetError(
+            f"{place}: builds for the device that is here alone; got {', '.join(capabilities)}. Use the target "
+            "tensorrt-rtx, or build on that device."
+        )
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        name = f"SM{capability.replace('.', '')}"
+        config.set_compute_capability(_member(library.ComputeCapability, name, place), index)
 
 
 def _member(kind: Any, name: str, place: str) -> Any:

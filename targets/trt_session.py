@@ -31,24 +31,28 @@ class CudaSession:
     """
 
     def __init__(self, library: Any, engine: Path, device: str, place: str, *, graph: bool = False) -> None:
-        self._library, self._path, self._device, self._place = library, engine, device, place
+        self._library: Any = library
+        self._path, self._device, self._place = engine, device, place
         self._lock, self._log = threading.Lock(), Log()
         self._driver: Any = require("cuda.bindings.driver", place, _INSTALL)
         self._told = Told.load(engine)
         self._context = self._owned()
         self._logger = logger_of(library, self._log)
-        self._runtime: Any = library.Runtime(self._logger)
-        self._engine: Any = self._runtime.deserialize_cuda_engine((engine / PLAN).read_bytes())
+        try:
+            self._runtime = library.Runtime(self._logger)
+        except (RuntimeError, TypeError) as error:
+            raise TargetError(f"{place}: its runtime does not start: {error}. {self._log.last_error()}") from error
+        self._engine = self._runtime.deserialize_cuda_engine((engine / PLAN).read_bytes())
         if self._engine is None:
             raise TargetError(f"{place}: {engine}: the plan was refused; got: {self._log.last_error()} Compile again.")
-        self._execution: Any = self._engine.create_execution_context()
+        self._execution = self._engine.create_execution_context()
         if self._execution is None:
             raise TargetError(f"{place}: {engine}: no memory for it on {device}; got: {self._log.last_error()}")
         self._stream = self._ok(self._driver.cuStreamCreate(0))
         self._events = [self._ok(self._driver.cuEventCreate(0)) for _ in range(2)]
         self._buffers: dict[str, tuple[Any, int]] = {}
         self._recorded: Any = None
-        self._records = graph
+        self._records, self._closed = graph, False
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         given = [name for name in names if self._engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
         self.inputs = tuple(self._spec(name) for name in given)
@@ -62,8 +66,7 @@ class CudaSession:
         """Run once; return the answers, and what the device took for the network alone, in ms between its events."""
         check_feeds(self.inputs, feeds, self._place)
         with self._lock:
-            if self._engine is None:
-                raise TargetError(f"{self._place}: {self._path}: the session is closed. Open the engine again.")
+            self._check_open()
             self._ok(self._driver.cuCtxSetCurrent(self._context))
             moved = self._bind(feeds)
             self._ok(self._driver.cuEventRecord(self._events[0], self._stream))
@@ -76,8 +79,7 @@ class CudaSession:
     def evidence(self) -> Evidence:
         """Return the layers as the engine's inspector lists them, and what the builder told."""
         with self._lock:
-            if self._engine is None:
-                raise TargetError(f"{self._place}: {self._path}: the session is closed. Open the engine again.")
+            self._check_open()
             inspector = self._engine.create_engine_inspector()
             text = inspector.get_engine_information(self._library.LayerInformationFormat.JSON)
         try:
@@ -89,34 +91,26 @@ class CudaSession:
         return self._told.evidence(self._device, layers)
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
-        """Return what every layer takes, from the library's own profiler, in a context of its own."""
-        library = self._library
-
-        class Profiler(library.IProfiler):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                library.IProfiler.__init__(self)
-                self.ms: dict[str, float] = {}
-
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
-
-        profiler, layers = Profiler(), self.evidence().layers
+        """Return what every layer takes, from the library's own profiler."""
+        took: dict[str, float] = {}
+        layers = self.evidence().layers
         self(feeds)
         with self._lock:
-            self._execution.profiler = profiler
+            self._check_open()
+            self._execution.profiler = _profiler_of(self._library, took)
             try:
                 for _ in range(calls):
                     self._bind(feeds)
-                    self._execution.execute_async_v3(int(self._stream))
+                    self._run()
                     self._ok(self._driver.cuStreamSynchronize(self._stream))
             finally:
                 self._execution.profiler = None
-        return tuple(Timed(layer, profiler.ms.get(layer.name, 0.0) / calls) for layer in layers)
+        return tuple(Timed(layer, took.get(layer.name, 0.0) / calls) for layer in layers)
 
     def close(self) -> None:
         """Free the engine and its buffers."""
         with self._lock:
-            if self._engine is None:
+            if self._closed:
                 return
             self._ok(self._driver.cuCtxSetCurrent(self._context))
             for address, _ in self._buffers.values():
@@ -124,9 +118,13 @@ class CudaSession:
             for event in self._events:
                 self._driver.cuEventDestroy(event)
             self._driver.cuStreamDestroy(self._stream)
-            self._buffers, self._recorded = {}, None
-            self._execution = self._engine = self._runtime = None
+            self._buffers, self._recorded, self._closed = {}, None, True
+            del self._execution, self._engine, self._runtime  # in this order
             self._driver.cuDevicePrimaryCtxRelease(self._ok(self._driver.cuDeviceGet(0)))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TargetError(f"{self._place}: {self._path}: the session is closed. Open the engine again.")
 
     def _owned(self) -> Any:
         self._ok(self._driver.cuInit(0))
@@ -135,8 +133,15 @@ class CudaSession:
         return context
 
     def _spec(self, name: str) -> TensorSpec:
-        kind = np.dtype(self._library.nptype(self._engine.get_tensor_dtype(name))).name
-        return TensorSpec(name, kind, tuple(self._engine.get_tensor_shape(name)))
+        kind = self._engine.get_tensor_dtype(name)
+        try:
+            dtype = np.dtype(self._library.nptype(kind)).name
+        except TypeError as error:
+            raise TargetError(
+                f"{self._place}: {self._path}: '{name}' cannot be fed or fetched; got {kind.name}, expected a type "
+                "that numpy has. Export the graph with another type at its ends."
+            ) from error
+        return TensorSpec(name, dtype, tuple(self._engine.get_tensor_shape(name)))
 
     def _bind(self, feeds: Mapping[str, Array]) -> bool:
         """Put inputs onto the device and give every tensor its memory; return whether any has moved."""
@@ -203,3 +208,16 @@ class CudaSession:
             said = name.decode() if isinstance(name, bytes) else str(name)
             raise TargetError(f"{self._place}: {self._path}: the GPU's driver refused: {said}.")
         return found[0] if found else None
+
+
+def _profiler_of(library: Any, took: dict[str, float]) -> Any:
+    """Return a profiler of the library that adds up in `took` what each layer takes, in ms by name."""
+
+    class Profiler(library.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            took[layer_name] = took.get(layer_name, 0.0) + ms
+
+    return Profiler()

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import ComponentFailed
-from exporter.runtime import Decoder, Denoiser, TextEncoder, run_batched
+from exporter.runtime import Decoder, Denoiser, TextEncoder
+from exporter.sessions import run_batched
 from targets.base import Evidence, TensorSpec, check_feeds
 
 

@@ -6,8 +6,6 @@ exported and compiled once, and every engine that uses it links the same files.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,15 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import targets
 from calibration.recording import Recording
 from exporter import __version__
 from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
+from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, ToolMissing
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
-from exporter.metrics.size import run_child
 from exporter.networks.components import Component
 from exporter.networks.quantization import FILES as QUANTIZATION_FILES
 from exporter.networks.quantization import read_quantization
@@ -31,7 +28,6 @@ from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
 from targets.base import Target, TargetError, TargetMissing, engine_file_of
-from targets.build import raise_told
 
 if TYPE_CHECKING:  # seconds to import
     from torch import nn
@@ -40,7 +36,6 @@ if TYPE_CHECKING:  # seconds to import
 
 PARITY_CALLS = 5
 """Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
-_LONGEST_S = 6 * 3600
 _GRAPHS = 2
 """Counts changes of what exported graphs answer, so that those of before are not taken for today's."""
 
@@ -265,13 +260,8 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
     folder = f"{target.type}-{name}-{key[:16]}"
 
     def build(out: Path) -> Mapping[str, Any]:
-        graphs = sorted(onnx.path.glob("pattern-*.onnx"))
         try:
-            if graphs:
-                peak_mib = _compile_joined(graphs, out, column)
-            else:
-                peak_mib = compile_apart(column, onnx.path / "model.onnx", out)
-            shop.peak_mib = max(shop.peak_mib, peak_mib)
+            shop.peak_mib = max(shop.peak_mib, compile_graphs(column.target, column.options, onnx.path, out))
         except TargetMissing as error:
             raise ToolMissing(f"target {column.name}: {error}") from error
         except (TargetError, ComponentFailed) as error:
@@ -280,41 +270,6 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
 
     title = f"Compile {name} for {column.name}"
     return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title)
-
-
-def _compile_joined(graphs: list[Path], out: Path, column: Column) -> float:
-    """Compile the graphs of one network, and let the target put them together with one file of weights.
-
-    Returns:
-        The most memory that a compiling process had, in MiB.
-    """
-    join = getattr(column.target, "join", None)
-    if join is None:
-        raise TargetError("it cannot run the several graphs of a schedule. Choose openvino or onnxruntime.")
-    parts = [out / graph.stem for graph in graphs]
-    peaks = []
-    for graph, part in zip(graphs, parts, strict=True):
-        part.mkdir()
-        peaks.append(compile_apart(column, graph, part))
-    join(parts, out, column.options)
-    return max(peaks)
-
-
-def compile_apart(column: Column, source: Path, out: Path) -> float:
-    """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that.
-
-    Returns:
-        The most memory that it had, in MiB.
-
-    Raises:
-        TargetMissing, TargetError, ComponentFailed: it did not succeed.
-    """
-    options = json.dumps(asdict(column.options))
-    builder = targets.TARGETS[column.target.type]
-    command = [sys.executable, "-m", "targets.build", builder, options, str(source), str(out)]
-    child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path)
-    raise_told(child.output)
-    return child.peak_rss_mib
 
 
 def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title

@@ -11,9 +11,9 @@ from exporter.artifact import link_file, link_tree
 from exporter.errors import ArtifactError, ComponentFailed
 from exporter.networks.components import NETWORK_CLASSES, family, present_components, present_tokenizers
 from exporter.networks.pipeline import MODEL_INDEX, load_scheduler, named_class
+from exporter.networks.reading import read_object
 from exporter.networks.safety import INDEX_ENTRIES, SAFETY_PARTS, has_safety_checker
 from exporter.networks.schedule import SCHEDULE
-from exporter.networks.weights import read_object
 from exporter.sampling import use_scheduler
 
 _PATHS = ("_name_or_path", "name_or_path")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.artifact import Artifact
+from exporter.compiling import float_options
 from exporter.lowering.engine import Column, Workshop, compile_part, export_float
 from exporter.networks.components import Component
 from exporter.states import components_of
@@ -64,10 +65,7 @@ def quantized_of(
 def _floats(state: Artifact, part: Component, column: Column, shop: Workshop) -> dict[str, Path]:
     """Compile a component as it is in float, at the column's own precision and at the device's fastest."""
     onnx = export_float(state, part, shop)
-    own = getattr(column.options, "precision", "")
-    precisions = dict.fromkeys([own, *column.target.capabilities().precisions[-1:]]) if own else {"": None}
     made = {}
-    for precision in precisions:
-        options = replace(column.options, precision=precision) if precision else column.options
+    for precision, options in float_options(column.target, column.options).items():
         made[precision] = compile_part(onnx, part.name, replace(column, options=options), shop).path
     return made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.networks.chain import ANSWER, cache_input
-from exporter.networks.components import Component
+from exporter.networks.components import Component, Role
 from exporter.networks.cuts import Cut, cut_shapes, outputs_of
 from exporter.networks.inputs import as_arguments, inputs_of, takes_timestep_rows
 from exporter.networks.probe import example_inputs
@@ -154,8 +154,13 @@ class TextForward(nn.Module):
 
 
 _HIDDEN = "hidden_states."
-MAIN_OUTPUTS = ("sample", "latent_parameters", "last_hidden_state")
-"""What a VAE's halves and a text encoder are compared with dense by; parity looks at every output."""
+MAIN_OUTPUT: Mapping[Role, str] = {
+    "denoiser": ANSWER,
+    "decoder": "sample",
+    "encoder": "latent_parameters",
+    "text": "last_hidden_state",
+}
+"""What a component is compared with dense by; parity looks at every output."""
 
 _WRAPPERS = {
     "AutoencoderKL": DecoderForward,

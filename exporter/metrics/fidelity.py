@@ -153,15 +153,20 @@ def ask(recording: Recorded, answer: Answer, subset: Subset = ALL, progress: Pro
             cond = np.concatenate([part[0] for part in parts])
             unconds = [part[1] for part in parts if part[1] is not None]
             if unconds:
-                uncond = np.concatenate(unconds)
-                towards = uncond + np.float32(recording.guidance) * (cond - uncond)
-                guided.append(towards[:, : calls[0].guided.shape[1]])
-                raw.append(np.concatenate([uncond, cond]))
+                raw.append(np.concatenate([*unconds, cond]))
+                guided.append(guide(raw[-1], recording.guidance)[:, : calls[0].guided.shape[1]])
             else:
                 guided.append(cond)
                 raw.append(cond)
             told.advance()
     return Answers(tuple(recording.timesteps[step] for step in steps), np.stack(guided), np.stack(raw))
+
+
+def guide(raw: Array, guidance: float) -> Array:
+    """Return answers (n, ...) with guidance, from those (2n, ...) without the prompt and with it."""
+    uncond, cond = np.split(raw, 2)
+    guided: Array = uncond + np.float32(guidance) * (cond - uncond)
+    return guided
 
 
 def _ask_once(call: RecordedCall, answer: Answer, size: int) -> tuple[Array, Array | None]:

@@ -7,6 +7,9 @@ from typing import Any
 
 from exporter.metrics.measurement import Measurement
 
+DENSE = "0-dense"
+"""Id of the state that everything is held to."""
+
 
 @dataclass(frozen=True)
 class Place:

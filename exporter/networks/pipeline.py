@@ -19,8 +19,8 @@ from exporter.networks.components import (
     is_named,
     present_components,
 )
+from exporter.networks.reading import read_object
 from exporter.networks.storage import load_network
-from exporter.networks.weights import read_object
 
 MODEL_INDEX = "model_index.json"
 

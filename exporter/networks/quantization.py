@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from exporter.errors import ArtifactError
-from exporter.networks.weights import read_object
+from exporter.networks.reading import read_object
 
 QUANTIZATION, FIT, TABLE = "quantization.json", "quantization.safetensors", "quantization.txt"
 """Files of a component's folder; the last one is the plan as a table, for people."""

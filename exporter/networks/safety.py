@@ -10,7 +10,8 @@ import torch
 
 from exporter.errors import ArtifactError, SourceError
 from exporter.memo import FileMemo
-from exporter.networks.weights import check_finite_files, precision_of, read_headers, read_object, weight_files
+from exporter.networks.reading import read_object
+from exporter.networks.weights import check_finite_files, precision_of, read_headers, weight_files
 
 CHECKER, IMAGES = "safety_checker", "feature_extractor"
 SAFETY_PARTS = (CHECKER, IMAGES)

@@ -20,7 +20,7 @@ import numpy as np
 
 from exporter.errors import ArtifactError, ExporterError, RecipeError
 from exporter.networks.components import SCHEDULER_CLASSES
-from exporter.networks.weights import read_object
+from exporter.networks.reading import read_object
 
 SCHEDULE = "schedule.json"
 MAX_PATTERNS = 4

@@ -24,6 +24,7 @@ from exporter.networks.components import (
     present_tokenizers,
 )
 from exporter.networks.loras import Lora, plan_fuse
+from exporter.networks.reading import read_object
 from exporter.networks.safety import SAFETY_PARTS, has_safety_checker, safety_files
 from exporter.networks.single_file import Held, absent_from, check_single_file
 from exporter.networks.weights import (
@@ -33,7 +34,6 @@ from exporter.networks.weights import (
     precision_of,
     present_names,
     read_headers,
-    read_object,
     variants_of,
     weight_files,
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import ArtifactError, ExporterError
-from exporter.networks.weights import read_object
+from exporter.networks.reading import read_object
 
 if TYPE_CHECKING:
     from exporter.networks.record import Surgery

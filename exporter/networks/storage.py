@@ -25,6 +25,7 @@ from exporter.artifact import disk_failure
 from exporter.errors import ArtifactError, ComponentFailed, SurgeryError
 from exporter.networks.components import NETWORK_CLASSES, class_from, is_named
 from exporter.networks.probe import FORWARD_FAILURES, has_probe, probe_inputs, reference_copy, run_probe
+from exporter.networks.reading import read_object
 from exporter.networks.record import Surgery
 from exporter.networks.replay import replay
 from exporter.networks.sparsity import Claims, check_claims, load_claims, write_claims
@@ -35,7 +36,6 @@ from exporter.networks.weights import (
     opened,
     present_names,
     read_headers,
-    read_object,
     weight_files,
 )
 

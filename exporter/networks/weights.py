@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from exporter.errors import ArtifactError, ExporterError, SourceError
 from exporter.memo import FileMemo
+from exporter.networks.reading import read_object
 
 WEIGHT_STEMS: Mapping[str, str] = {
     "AutoencoderKL": "diffusion_pytorch_model",
@@ -41,8 +42,6 @@ PRECISIONS: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfl
 """Number types of weights that are read, under safetensors' names."""
 
 _INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"})
-MAX_JSON_BYTES = 4 * 1024 * 1024
-_MAX_DEPTH = 64
 _CHUNK = 16_777_216
 
 _Fact = TypeVar("_Fact")
@@ -68,63 +67,6 @@ class TensorFact:
     dtype: str
     file: Path
     stored: str
-
-
-def read_json(path: Path, error: type[ExporterError]) -> Any:
-    """Return what a JSON file holds.
-
-    Args:
-        path: at most 4 MiB; no duplicate keys, no NaN, at most 64 levels deep.
-        error: what to raise where it is not such a file.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(
-                f"{path}: too large; got {size} bytes, expected at most {MAX_JSON_BYTES}. Restore the original file."
-            )
-        text = path.read_text(encoding="utf-8")
-        _check_depth(text)
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
-    except (OSError, ValueError, RecursionError) as cause:
-        what = str(cause).split("\n", 1)[0][:200]
-        raise error(
-            f"{path}: not readable JSON; got {what}, expected UTF-8 JSON. Restore the original file."
-        ) from cause
-
-
-def _check_depth(text: str) -> None:
-    depth = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:60]!r} stands there twice")
-    return found
-
-
-def _constant(text: str) -> float:
-    """Take infinities, which diffusers writes into the configs of its schedulers; refuse NaN, which equals nothing."""
-    if text == "NaN":
-        raise ValueError(f"{text} is not JSON")
-    return float(text)
-
-
-def read_object(path: Path, error: type[ExporterError]) -> dict[str, Any]:
-    """Return the JSON object that a file holds; as `read_json`, and the top must be an object."""
-    value = read_json(path, error)
-    if not isinstance(value, dict):
-        raise error(f"{path}: not a JSON object; got {type(value).__name__}. Restore the original file.")
-    return value
 
 
 def weight_files(

@@ -22,8 +22,9 @@ from calibration.qdq import write_quantized
 from calibration.schemes import BITS, FLOAT
 from calibration.sites import Site, sites_of
 from exporter.artifact import digest_of
+from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, RecipeError, ToolMissing
-from exporter.lowering.engine import Column, compile_apart
+from exporter.lowering.engine import Column
 from exporter.metrics.latency import Timer
 from exporter.progress import Progress, task
 from exporter.pruners.notes import Notes
@@ -170,7 +171,7 @@ class Planner:
             engine.mkdir()
             write_quantized(self.trial.graph, graph, schemes, self.trial.fit, self.trial.manner)
             try:
-                compile_apart(self.column, graph / "model.onnx", engine)
+                compile_graphs(self.column.target, self.column.options, graph, engine)
                 session = self.column.target.open(engine, self.column.options)
             except TargetMissing as error:
                 raise ToolMissing(f"quantize: target {self.column.name}: {error}") from error

@@ -42,7 +42,18 @@ class StateRecord(_Record):
 
 
 class TargetRecord(_Record):
-    """One column: a named target of the recipe and what this machine offers for it."""
+    """One column: a named target of the recipe and what this machine, or another host, offers for it.
+
+    Attributes:
+        name: the recipe's name, with ``@`` and the host's behind it where it was measured there.
+        type: of the target.
+        options: as the recipe gives them.
+        version: of the runtime; None where it is not installed.
+        device: full name, empty where it is not known.
+        problem: why it could not be used; empty where it could.
+        host: name of another host, from `exporter merge`; empty for this machine.
+        machine: of that host.
+    """
 
     name: str
     type: str
@@ -50,6 +61,8 @@ class TargetRecord(_Record):
     version: str | None
     device: str
     problem: str = ""
+    host: str = ""
+    machine: dict[str, Any] = {}
 
 
 class ImageRecord(_Record):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("ci/setup.sh", "ci/run.sh", "ci/check.sh", "ci/test.sh", "ci/gpu.sh", "ci/macos.sh", ".ci/run")
+SCRIPTS = (
+    *("ci/setup.sh", "ci/run.sh", "ci/check.sh", "ci/test.sh", "ci/gpu.sh", "ci/macos.sh", "ci/trt_stubs.sh"),
+    ".ci/run",
+)
 BIN = Path(sys.executable).parent
 
 

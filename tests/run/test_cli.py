@@ -163,8 +163,11 @@ def test_the_schema_describes_every_option_of_methods_and_targets() -> None:
     for choice in (*methods, stages["quantize"]["properties"]["calibration"], *definitions["TargetSpec"]["oneOf"]):
         for key, facts in choice["properties"].items():
             assert "const" in facts or facts["description"], key
-    threads = [choice["properties"]["threads"] for choice in definitions["TargetSpec"]["oneOf"]]
-    assert {facts["minimum"] for facts in threads} == {1}
+    chosen = {
+        choice["properties"]["type"]["const"]: choice["properties"] for choice in definitions["TargetSpec"]["oneOf"]
+    }
+    assert {chosen[name]["threads"]["minimum"] for name in ("onnxruntime", "openvino")} == {1}
+    assert {chosen[name]["workspace_mib"]["minimum"] for name in ("tensorrt", "tensorrt-rtx")} == {1}
 
 
 def test_check_tells_the_plan_before_any_work(call: Any, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Compiles exported graphs for a target, each in a process of its own; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import targets
+from exporter.metrics.size import run_child
+from targets.base import Target, TargetError
+from targets.build import raise_told
+
+_LONGEST_S = 6 * 3600
+
+
+def compile_graphs(target: Target, options: Any, source: Path, out: Path) -> float:
+    """Compile what was exported of one component: one graph, or those of its schedule, which then share their weights.
+
+    Args:
+        target: to compile for.
+        options: of the target.
+        source: folder with ``model.onnx``, or with ``pattern-*.onnx``.
+        out: an existing, empty folder.
+
+    Returns:
+        The most memory that a compiling process had, in MiB.
+
+    Raises:
+        TargetMissing, TargetError, ComponentFailed: it did not succeed.
+    """
+    graphs = sorted(source.glob("pattern-*.onnx"))
+    if not graphs:
+        return _compile(target, options, source / "model.onnx", out)
+    join = getattr(target, "join", None)
+    if join is None:
+        raise TargetError("it cannot run the several graphs of a schedule. Choose openvino or onnxruntime.")
+    parts = [out / graph.stem for graph in graphs]
+    peaks = []
+    for graph, part in zip(graphs, parts, strict=True):
+        part.mkdir()
+        peaks.append(_compile(target, options, graph, part))
+    join(parts, out, options)
+    return max(peaks)
+
+
+def float_options(target: Target, options: Any) -> dict[str, Any]:
+    """Return the options under which a float graph is the rival of a quantized one, by what it then computes in.
+
+    These are the options' own precision and the device's fastest; a target without such an option has one rival,
+    under the empty word.
+    """
+    own = getattr(options, "precision", "")
+    if not own:
+        return {"": options}
+    names = dict.fromkeys([own, *target.capabilities().precisions[-1:]])
+    return {name: replace(options, precision=name) for name in names}
+
+
+def _compile(target: Target, options: Any, source: Path, out: Path) -> float:
+    """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that.
+
+    Returns:
+        The most memory that it had, in MiB.
+
+    Raises:
+        TargetMissing, TargetError, ComponentFailed: it did not succeed.
+    """
+    asked = json.dumps(asdict(options))
+    command = [sys.executable, "-m", "targets.build", targets.TARGETS[target.type], asked, str(source), str(out)]
+    child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path)
+    raise_told(child.output)
+    return child.peak_rss_mib

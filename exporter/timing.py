@@ -1,0 +1,144 @@
+"""How fast a component of an engine is, against what, and what the engine costs a device; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from exporter.loops import loop_of_calls, scheduled_latency
+from exporter.metrics.latency import Timer, latency_measurements
+from exporter.metrics.machine import Mode
+from exporter.metrics.measurement import Measurement
+from exporter.metrics.place import DENSE, Place
+from exporter.metrics.size import memory_measurement, run_child, size_measurement
+from exporter.networks.chain import ChainSession
+from targets.base import Session
+
+Feeds = Mapping[str, NDArray[Any]]
+Open = Callable[[], Session]
+_LONGEST_S = 600
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A component that is timed.
+
+    Attributes:
+        session: of its engine.
+        calls: recorded, with the rows that the engine takes; one per step for a denoiser.
+        place: where the measurements go, with its component.
+        timer: of its target.
+        is_denoiser: whether its calls make a loop.
+    """
+
+    session: Session
+    calls: Sequence[Feeds]
+    place: Place
+    timer: Timer
+    is_denoiser: bool
+
+    def call(self) -> object:
+        """Make the call that stands for all."""
+        return self.session(self.calls[0])
+
+
+def timer_of(seconds: float, batch: int, target: str, options: Mapping[str, Any]) -> Timer:
+    """Return the timer of a target, whose mode has what must be equal for two of its latencies to be compared."""
+    settings = {"batch": batch, "target": target, **options}
+    return Timer(budget_s=seconds, mode=lambda: Mode.read(threads=options.get("threads"), settings=settings))
+
+
+def latency_of(it: Timing, open_dense: Open | None) -> list[Measurement]:
+    """Time a component; against the dense engine of the same target, pair by pair, where there is one."""
+    dense = None if open_dense is None else open_dense()
+    ratio = None
+    try:
+        if isinstance(it.session, ChainSession):
+            return scheduled_latency(it.session, it.calls, dense, it.place, it.timer)
+        if dense is None:
+            latency = it.timer.measure(it.call)
+        else:
+            pairs = it.timer.interleaved(it.call, lambda: dense(it.calls[0]))
+            latency, ratio = pairs.a, pairs.ratio(DENSE)
+    finally:
+        if dense is not None:
+            dense.close()
+    loop = [loop_of_calls(latency, len(it.calls), it.place, ratio)] if it.is_denoiser else []
+    return [*latency_measurements(latency, it.place, ratio), *loop]
+
+
+def over_float(it: Timing, rivals: Mapping[str, Open]) -> Measurement:
+    """Time a quantized component against itself in float, pair by pair; the fastest float engine counts.
+
+    Args:
+        it: the quantized one.
+        rivals: what the float engine computes in, such as ``bf16``, -> opens it.
+    """
+    ratios = {}
+    for precision, open_rival in rivals.items():
+        with closing(open_rival()) as other:
+            pairs = it.timer.interleaved(it.call, lambda other=other: other(it.calls[0]))  # type: ignore[misc]
+        ratios[precision] = pairs.ratio(f"the same in {precision}")
+    worst = max(ratios.values(), key=lambda ratio: ratio.value)
+    return it.place.measured(
+        "latency.over_float",
+        worst.value,
+        "",
+        low=worst.low,
+        high=worst.high,
+        samples=worst.pairs,
+        ratio=worst,
+        note=f"one call over {worst.to}, the fastest float engine of {', '.join(ratios)} here",
+        detail={precision: ratio.model_dump() for precision, ratio in ratios.items()},
+    )
+
+
+def footprint(
+    engine: Path, target: str, options: Mapping[str, Any], place: Place, fed: Mapping[Path, Feeds]
+) -> list[Measurement]:
+    """Load an engine in a process of its own, without torch, and call it as it was fed: what it costs a device.
+
+    Args:
+        engine: its folder.
+        target: type.
+        options: of the target.
+        place: the cell.
+        fed: what the target opens, by its place in the engine's folder -> the inputs of a call.
+    """
+    shapes = {path.name: {name: array.shape for name, array in feeds.items()} for path, feeds in fed.items()}
+    places = [str(engine / path) for path in fed]
+    command = [sys.executable, "-m", "targets.footprint", target, json.dumps(dict(options)), json.dumps(shapes)]
+    child = run_child([*command, *places], timeout_s=_LONGEST_S, paths=sys.path)
+    times = json.loads(child.output.strip().splitlines()[-1])
+    load = place.measured(
+        "load_ms",
+        sum(times["load_ms"].values()),
+        "ms",
+        samples=1,
+        note="all components, in a new process, the runtime's own import left out",
+        detail=times,
+    )
+    components = dict.fromkeys(path.parts[0] for path in fed)
+    sizes = [size_measurement(place.at(name), engine / name) for name in components]
+    return [load, memory_measurement(place, child.peak_rss_mib), size_measurement(place, engine), *sizes]
+
+
+def fed_parts(name: str, session: Session, call: Feeds, ending: str) -> dict[Path, Feeds]:
+    """Return what a target opens of a component, and what each was fed: itself, or the graphs of its schedule.
+
+    Args:
+        name: of the component.
+        session: that was called.
+        call: of a component without a schedule.
+        ending: of the files that graphs are in.
+    """
+    if isinstance(session, ChainSession):
+        return {Path(name, f"{part}{ending}"): feeds for part, feeds in session.fed.items()}
+    return {Path(name): call}
