@@ -112,9 +112,10 @@ def main() -> int:
 
 def machine() -> dict[str, Any]:
     """Return what decides how fast it is here."""
+    uuid = torch.cuda.get_device_properties(0).uuid  # other numbers than torch's may be nvidia-smi's
     query = "driver_version,clocks.max.sm,clocks.sm,power.limit,temperature.gpu"
     asked = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{uuid}"],
         capture_output=True,
         text=True,
         check=False,
@@ -171,8 +172,6 @@ def float_calls(layer: Linear, dtype: torch.dtype) -> Calls:
         other = torch.sparse.to_sparse_semi_structured(weight, alg_id=int(best))
         return lambda: semi_structured_linear(rows, other, bias)
 
-    best = torch._cslt_sparse_mm_search(stored.packed, whole.t(), bias=bias, transpose_result=True)  # type: ignore[attr-defined]
-    other = torch.sparse.to_sparse_semi_structured(weight, alg_id=int(best))
     return (
         lambda: F.linear(rows, weight, bias),
         lambda: semi_structured_linear(rows, stored, bias),
@@ -309,15 +308,26 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 
 def pairs_of(
-    dense: Callable[[], object], sparse: Callable[[], object], given: argparse.Namespace, products: int
+    dense: Callable[[], object],
+    sparse: Callable[[], object],
+    given: argparse.Namespace,
+    products: int,
+    clock: DeviceClock | None = None,
 ) -> dict[str, Any]:
     """Time two calls pair by pair on the device.
+
+    Args:
+        dense: the baseline.
+        sparse: the one in question.
+        given: how many ``samples``, and the ``budget_s`` for them.
+        products: that each of the calls makes.
+        clock: of the device.
 
     Returns:
         medians in microseconds of one product, and ``gain``: how many times as fast the sparse one is, with its
         interval.
     """
-    clock = DeviceClock()
+    clock = clock or DeviceClock()
     timer = Timer(samples=given.samples, budget_s=given.budget_s, clock=clock.read)
     pairs = timer.interleaved(clock.timed(dense), clock.timed(sparse))
     gain = pairs.ratio("2:4")

@@ -70,7 +70,12 @@ def _layers(rows: Sequence[Row]) -> list[str]:
         cells = "".join(_times(kinds.get(kind), searched=kind != "int8") for kind in KINDS)
         table.append(f"| {count} x {inputs} -> {outputs} | {where} |{cells}")
     said = [_said(kind, [row for row in rows if row["kind"] == kind]) for kind in KINDS]
-    why = dict.fromkeys(f"- {row['kind']}: {row['reason']}" for row in rows if "reason" in row)
+    why = dict.fromkeys(
+        f"- {_shape(row)}, {row['kind']}{words}: {row[key]}"
+        for row in rows
+        for key, words in (("reason", ""), ("search_failed", ", searched"))
+        if key in row
+    )
     return [
         f"## {len(shapes)} layers",
         "\n".join(table),
@@ -83,7 +88,8 @@ def _times(row: Row | None, *, searched: bool) -> str:
     if row is None or "reason" in row:
         return " not measured | | |" + (" |" if searched else "")
     times = f" {row['dense_us']:.1f} | {row['sparse_us']:.1f} | {_gain(row['gain'])}{'' if row['settled'] else ' *'} |"
-    return times + (f" {_gain(row['searched'])} |" if searched else "")
+    found = _gain(row["searched"]) if "searched" in row else "not measured"
+    return times + (f" {found} |" if searched else "")
 
 
 def _said(kind: str, rows: Iterable[Row]) -> str:

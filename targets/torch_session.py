@@ -205,6 +205,7 @@ class _Ready:
     def _made(self) -> Run:
         module: Callable[..., Sequence[Tensor]] = self.program.module
         if self._mode == "compile":
+            module(*self.inputs)  # the first semi-structured product registers its operator, which tracing cannot
             module = torch.compile(module, dynamic=False)
             module(*self.inputs)  # compiles, which is no part of a call's time
         if self._mode == "cuda-graph":
