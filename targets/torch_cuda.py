@@ -23,7 +23,7 @@ from targets.nvidia import find_gpu
 from targets.onnx_file import external_files
 
 _PLACE = "target torch-cuda"
-_INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+_INSTALL = "pip install --force-reinstall torch"
 _MODES = ("eager", "cuda-graph", "compile")
 _SPARSE_CAPABILITY = (8, 0)
 _FORMAT = 1
@@ -36,8 +36,8 @@ class TorchCudaOptions:
     Torch has semi-structured products of 16-bit numbers. Export with opset 23 for fused attention.
 
     Attributes:
-        sparse: store weights that have two zeros in every four inputs semi-structured, for cuSPARSELt; without, the
-            program is the dense twin of the one with it.
+        sparse: store weights that have two zeros in every four inputs semi-structured, for cuSPARSELt. A second target
+            of the recipe with ``sparse: false`` is the dense twin: the same program, the same zeros, dense products.
         mode: record the call as a CUDA graph and replay it, compile it with torch.compile, or run it step by step.
     """
 
@@ -61,7 +61,7 @@ class TorchCuda:
             return Capabilities(False, False, None, "", (), _INSTALL, "'torch' is not installed.")
         reason = gpu if isinstance(gpu, str) else _refusal()
         if version.endswith("+cpu"):
-            reason = f"torch {version} is a build without CUDA." + (f" And {gpu}" if isinstance(gpu, str) else "")
+            reason = f"torch {version} is a build without CUDA" + (f", and {gpu}" if isinstance(gpu, str) else ".")
         if reason or isinstance(gpu, str):
             return Capabilities(False, False, version, "", (), _INSTALL, reason)
         return Capabilities(True, True, version, gpu.name, ("f32", "bf16", "f16"), _INSTALL)
@@ -73,7 +73,8 @@ class TorchCuda:
         here = self.capabilities()
         if not here.available:
             raise TargetMissing(
-                f"{_PLACE}: {here.reason} It needs an NVIDIA GPU and a build with CUDA. Run: {_INSTALL}"
+                f"{_PLACE}: {here.reason} It needs an NVIDIA GPU and a build of torch with CUDA, as PyPI has for "
+                f"Linux. Run: {_INSTALL}"
             )
         if not options.sparse:
             return

@@ -18,7 +18,7 @@ from targets.onnx_file import external_files, values_of
 from targets.semi_structured import has_pattern, refusal
 from targets.torch_operators import DTYPES, OPERATORS, Call, Unsupported
 
-Made = TypeVar("Made")
+Found = TypeVar("Found")
 PLACE = "target torch-cuda"
 PRODUCTS = ("MatMul", "Gemm")
 _LAYERS = (*PRODUCTS, "Conv")
@@ -167,7 +167,7 @@ class OnnxGraph:
         """
         return self.tried(node, lambda: OPERATORS[node.op_type](Question(node, inputs)))
 
-    def tried(self, node: ir.Node, work: Callable[[], Made]) -> Made:
+    def tried(self, node: ir.Node, work: Callable[[], Found]) -> Found:
         """Do what a node asks for.
 
         Raises:
