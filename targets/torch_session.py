@@ -82,7 +82,7 @@ class TorchSession:
             + (f" ({', '.join(backends)})" if backends else "")
         )
         if self._sparse:
-            notes += [f"dense: {item.node}: {item.reason}" for item in eligible if item.reason]
+            notes += _why_dense(eligible)
         else:
             notes.append("the dense twin: weights with zeros are stored and multiplied as any other (sparse: false)")
         sparse = Sparse(len(eligible), chosen if self._programs or not self._weights.stored else None)
@@ -266,6 +266,18 @@ def recorded(call: Run) -> Run:
         return outputs
 
     return replay
+
+
+def _why_dense(eligible: Sequence[Weighted]) -> list[str]:
+    """Return for every reason how many weights with the pattern stay dense, and which the first of them is."""
+    nodes: dict[str, list[str]] = {}
+    for item in eligible:
+        if item.reason:
+            nodes.setdefault(item.reason, []).append(item.node)
+    return [
+        f"dense: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+        for reason, names in nodes.items()
+    ]
 
 
 def event() -> Any:

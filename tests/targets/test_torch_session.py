@@ -88,6 +88,15 @@ class TestWeights:
         assert any("the dense twin" in note for note in found.notes)
         assert any("2 of 2; semi-structured: 0" in note for note in found.notes)
 
+    def test_why_weights_stay_dense_is_said_once_for_each_reason(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        write_program(linear_graph(tmp_path / "source", kind="float32"), tmp_path / "out")
+        found = opened(tmp_path / "out", sparse=True).evidence()
+        assert found.sparse == Sparse(2, 0)
+        dense = [note for note in found.notes if note.startswith("dense: ")]
+        reason = "float32: torch has semi-structured products of f16 and bf16"
+        assert dense == [f"dense: layer.0/MatMul and 1 more: {reason}"]
+
     def test_what_torch_does_not_store_is_an_error_and_no_silent_dense(self, engine: Path) -> None:
         """A processor has no semi-structured products."""
         with pytest.raises(TargetError, match=r"layer\.0/MatMul.*Only CUDA tensors"):
