@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from targets.build import raise_told
 _LONGEST_S = 6 * 3600
 
 
-def compile_graphs(target: Target, options: Any, source: Path, out: Path) -> float:
+def compile_graphs(
+    target: Target, options: Any, source: Path, out: Path, told: Callable[[float], object] = lambda done: None
+) -> float:
     """Compile what was exported of one component: one graph, or those of its schedule, which then share their weights.
 
     Args:
@@ -24,6 +29,7 @@ def compile_graphs(target: Target, options: Any, source: Path, out: Path) -> flo
         options: of the target.
         source: folder with ``model.onnx``, or with ``pattern-*.onnx``.
         out: an existing, empty folder.
+        told: called with the done fraction, of targets that know it.
 
     Returns:
         The most memory that a compiling process had, in MiB.
@@ -33,7 +39,7 @@ def compile_graphs(target: Target, options: Any, source: Path, out: Path) -> flo
     """
     graphs = sorted(source.glob("pattern-*.onnx"))
     if not graphs:
-        return _compile(target, options, source / "model.onnx", out)
+        return _compile(target, options, source / "model.onnx", out, told)
     join = getattr(target, "join", None)
     if join is None:
         raise TargetError("it cannot run the several graphs of a schedule. Choose openvino or onnxruntime.")
@@ -41,7 +47,7 @@ def compile_graphs(target: Target, options: Any, source: Path, out: Path) -> flo
     peaks = []
     for graph, part in zip(graphs, parts, strict=True):
         part.mkdir()
-        peaks.append(_compile(target, options, graph, part))
+        peaks.append(_compile(target, options, graph, part, told))
     join(parts, out, options)
     return max(peaks)
 
@@ -59,7 +65,7 @@ def float_options(target: Target, options: Any) -> dict[str, Any]:
     return {name: replace(options, precision=name) for name in names}
 
 
-def _compile(target: Target, options: Any, source: Path, out: Path) -> float:
+def _compile(target: Target, options: Any, source: Path, out: Path, told: Callable[[float], object]) -> float:
     """Compile in a process of its own, so that a crash, or the kernel's hand when memory runs out, ends only that.
 
     Returns:
@@ -70,6 +76,13 @@ def _compile(target: Target, options: Any, source: Path, out: Path) -> float:
     """
     asked = json.dumps(asdict(options))
     command = [sys.executable, "-m", "targets.build", targets.TARGETS[target.type], asked, str(source), str(out)]
-    child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path)
+    with tempfile.TemporaryDirectory(prefix="exporter-") as folder:
+        file = Path(folder) / "progress"
+
+        def watch() -> None:
+            with contextlib.suppress(OSError, ValueError):  # not written yet, or not whole
+                told(float(file.read_text(encoding="ascii")))
+
+        child = run_child([*command, str(file)], timeout_s=_LONGEST_S, paths=sys.path, watch=watch)
     raise_told(child.output)
     return child.peak_rss_mib

@@ -78,7 +78,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
                 found += _times(timing, lowered, facts, bench)
                 fed |= fed_parts(name, session, calls[0], facts.ending)
                 told_of_layers = session.evidence()
-                found += sparse_measurements(told_of_layers, place.at(name))
+                found += sparse_measurements(told_of_layers, place.at(name), partial(lowered.products, name))
                 evidence[name] = told_of_layers.to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()
@@ -140,8 +140,8 @@ def _rivals(floats: Mapping[str, Path], facts: EngineFacts) -> dict[str, Open]:
     """Return how the float engines of a component are opened, by what they compute in."""
     made: dict[str, Open] = {}
     for precision, engine in floats.items():
-        options = {**facts.options, "precision": precision} if precision else facts.options
-        made[precision or "float"] = partial(open_session, engine, replace(facts, options=options))
+        options = {**facts.options, "precision": precision} if "precision" in facts.options else facts.options
+        made[precision] = partial(open_session, engine, replace(facts, options=options))
     return made
 
 

@@ -28,7 +28,7 @@ from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
 from exporter.sampling import check_open_sizes, check_prompts, check_sampling
-from exporter.stage_checks import check_data, check_stages
+from exporter.stage_checks import check_data, check_named, check_stages
 from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options, takes_prompts
 from exporter.unchanged import is_finished
@@ -140,9 +140,11 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     found = found or Findings()
     made, last = _extent(recipe, until)
     measured = _measured(recipe, made, states)
+    options = {}
     for index in range(len(recipe.stages)):
         with found.gather():
-            check_data(recipe, index, stage_options(recipe, index))
+            options[index] = stage_options(recipe, index)
+            check_data(recipe, index, options[index])
     columns, problems = _columns(recipe, targets, found)
     for index, gate in enumerate(recipe.gates):
         with found.gather():
@@ -154,6 +156,9 @@ def check_recipe(  # noqa: PLR0913 - the command's flags
     with found.gather():
         source = open_source(_source_of(recipe), variant=recipe.source.variant)
         facts = check_source(source, _choice_of(recipe, memo), memo)
+        for index, known in options.items():
+            with found.gather():
+                check_named(f"stages[{index}]", known, facts)
         _check_fit(recipe, facts, source, prompts, found)
     found.raise_all()
     key = digest_of([__version__, recipe.model_dump(mode="json"), facts.digest, last, made, measured, targets])

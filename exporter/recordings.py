@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,19 @@ def resolved_sampling(recipe: Recipe, dense: Path) -> dict[str, Any]:
 
 def export_options(recipe: Recipe, dense: Path) -> ExportOptions:
     """Return the shapes that components are exported with."""
-    sampling = resolved_sampling(recipe, dense)
-    return ExportOptions(
+    sampling, scale = resolved_sampling(recipe, dense), vae_scale(dense)
+    made = ExportOptions(
         opset=recipe.export.opset,
         dynamic=recipe.export.dynamic or recipe.shapes is not None,
         batch=sampling["batch"],
         guided=is_guided_by_rows(dense, sampling["guidance"]),
-        latent=sampling["size"] // vae_scale(dense),
+        latent=sampling["size"] // scale,
     )
+    if recipe.shapes is None:
+        return made
+    batches = (*recipe.shapes.batch, made.batch)
+    latents = (*(side // scale for side in recipe.shapes.size), made.latent)
+    return replace(made, batches=(min(batches), max(batches)), latents=(min(latents), max(latents)))
 
 
 def dense_recording(recipe: Recipe, dense: Artifact, out: Path, progress: Progress, memo: FileMemo) -> Recording:

@@ -216,13 +216,15 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
         engine = compile_state(state, exported, column, shop)
         if run.plan.until == "compile":
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
+        lowered = Lowered(engine, None, {}, exported)
         if not column.target.capabilities().runs:
-            return built_cell(engine.path, exported, column.target, Place(name, column.name), run.out)
-        quantized = quantized_of(state, exported, column, shop)
-        fixed = None
+            weighed = {part: partial(lowered.products, part) for part in exported}
+            return built_cell(engine.path, weighed, column.target, Place(name, column.name), run.out)
+        lowered = dataclasses.replace(lowered, quantized=quantized_of(state, exported, column, shop))
         if run.recipe.shapes is not None:
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
-        cell = _measured(run, state, column, bench, Lowered(engine, fixed, quantized))
+            lowered = dataclasses.replace(lowered, fixed=fixed)
+        cell = _measured(run, state, column, bench, lowered)
         if name == DENSE:
             bench.engines[column.name] = engine
         told = ["engine reused"] if len(shop.made) == made else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import targets
@@ -13,7 +15,8 @@ from exporter.pruners.matrix import SCHEDULES, refusal
 from exporter.quantizing.checks import check_order, check_schemes
 from exporter.quantizing.options import CalibrationOptions, QuantizeOptions
 from exporter.recipe import Recipe
-from exporter.validation import hint, one_of
+from exporter.validation import hint, one_of, options_from
+from targets.base import RefusesSchemes
 
 
 def check_data(recipe: Recipe, index: int, options: Any) -> None:
@@ -29,9 +32,7 @@ def check_data(recipe: Recipe, index: int, options: Any) -> None:
     """
     place = f"stages[{index}].{recipe.stages[index].kind}"
     if isinstance(options, QuantizeOptions):
-        kinds = {name: spec.type for name, spec in recipe.targets.items()}
-        offered = {kind: targets.target(kind).schemes for kind in kinds.values() if kind in targets.TARGETS}
-        check_schemes(options, place, offered, kinds)
+        check_schemes(options, place, _schemes(recipe))
         options, place = options.calibration, f"{place}.calibration"
     named = getattr(options, "prompts", None)
     if named is None:
@@ -45,6 +46,34 @@ def check_data(recipe: Recipe, index: int, options: Any) -> None:
         key = "samples" if isinstance(options, CalibrationOptions) else "images"
         got = f"{place}.{key}: got {wanted}, but '{named}' has {known} prompts, expected at most as many."
         raise RecipeError(f"{got} Lower {key} or give more prompts.")
+
+
+def _schemes(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Return the schemes of the recipe's targets, and why one cannot be had with a target's options."""
+    offered: dict[str, dict[str, str]] = {}
+    for name, spec in recipe.targets.items():
+        if spec.type not in targets.TARGETS:
+            continue
+        target = targets.target(spec.type)
+        refused: Mapping[str, str] = {}
+        if isinstance(target, RefusesSchemes):
+            with suppress(RecipeError):  # wrong options are told where targets are looked at
+                refused = target.refused(options_from(target.options, spec.given, f"targets.{name}"))
+        offered[f"{name} ({spec.type})"] = {scheme: refused.get(scheme, "") for scheme in target.schemes}
+    return offered
+
+
+def check_named(place: str, options: Any, facts: SourceFacts) -> None:
+    """Refuse to quantize without prompts where the family draws from them: inputs are recorded in any case.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if not isinstance(options, QuantizeOptions) or options.calibration.prompts is not None:
+        return
+    if family(facts.pipeline_class).asked != "batch_size":
+        got = f"{place}.quantize.calibration.prompts: missing; expected a set or file of prompts to record inputs with."
+        raise RecipeError(f"{got} Write prompts: FILE (one a line), or a built-in set such as everyday.")
 
 
 def check_stages(recipe: Recipe, facts: SourceFacts) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 OptionsClass = type[Any]
+RANGES = "shapes.json"
+"""Beside a graph with open shapes: input -> its smallest, usual and largest shape, where the recipe has named them."""
 
 
 class TargetError(Exception):
@@ -87,10 +89,12 @@ class Sparse:
     Attributes:
         eligible: layers whose weights have the pattern; None where it did not say.
         chosen: layers that got a sparse kernel; None likewise.
+        nodes: of the graph, that run on one; None where not every kernel shows whether it is one.
     """
 
     eligible: int | None
     chosen: int | None
+    nodes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,22 @@ class BuildsElsewhere(Protocol):
         Raises:
             TargetError: the engine's folder is damaged.
         """
+
+
+@runtime_checkable
+class TellsProgress(Protocol):
+    """A target whose compiler says how far it is."""
+
+    def compile_telling(self, source: Path, out: Path, options: Any, progress: Callable[[float], None]) -> None:
+        """Compile as `Target.compile` does; `progress` is called with the done fraction, from any thread."""
+
+
+@runtime_checkable
+class RefusesSchemes(Protocol):
+    """A target whose schemes depend on its options, such as the devices that engines are for."""
+
+    def refused(self, options: Any) -> Mapping[str, str]:
+        """Return the schemes that it does not take with these options, and why."""
 
 
 class Target(Protocol):

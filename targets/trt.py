@@ -6,7 +6,7 @@ named, and runs where one of them is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from targets.trt_build import PLAN, Order, Told, build
 
 _MAJORS = (10, 11)
 _SCHEMES = ("int8", "int8-weights", "fp16", "bf16", "fp8")
-_SPARSE_CAPABILITY = (8, 0)
+_SPARSE_CAPABILITY, _FP8_CAPABILITY = (8, 0), (8, 9)
 RTX_DEVICES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities that TensorRT-RTX builds for; 7.5 in a build of its own."""
 
@@ -77,6 +77,7 @@ class _Plans:
     engine_file = PLAN
     schemes = _SCHEMES
     rounds_results = True
+    float_rivals = ("fp16",)  # its engines compute in the graph's types, and nobody ships the one in 32 bits
 
     @property
     def _place(self) -> str:
@@ -94,6 +95,14 @@ class _Plans:
         name = gpu.name if isinstance(gpu, Gpu) else ""
         reason = "" if isinstance(gpu, Gpu) else gpu
         return Capabilities(builds, runs, version, name, ("f32", "bf16", "f16"), self._install, reason)
+
+    def compile(self, source: Path, out: Path, options: Any) -> None:
+        """Build a plan; see `compile_telling`."""
+        self.compile_telling(source, out, options, None)
+
+    def compile_telling(self, source: Path, out: Path, options: Any, progress: Callable[[float], None] | None) -> None:
+        """Build a plan and tell how far it is."""
+        raise NotImplementedError
 
     def join(self, parts: Sequence[Path], out: Path, options: Any) -> None:
         """Refuse: every plan holds weights of its own.
@@ -166,7 +175,15 @@ class TensorRt(_Plans):
                 f"{self._place}: timing_cache: got {options.timing_cache}, expected a file. Leave it out for a new one."
             )
 
-    def compile(self, source: Path, out: Path, options: TrtOptions) -> None:
+    def refused(self, options: TrtOptions) -> dict[str, str]:
+        """Return the schemes that the device which is here does not compute in."""
+        del options
+        gpu = find_gpu()
+        return _refused((gpu.capability,)) if isinstance(gpu, Gpu) else {}
+
+    def compile_telling(
+        self, source: Path, out: Path, options: TrtOptions, progress: Callable[[float], None] | None
+    ) -> None:
         """Build a plan for the device that is here.
 
         Raises:
@@ -187,7 +204,7 @@ class TensorRt(_Plans):
             version_compatible=options.version_compatible,
             hardware=options.hardware,
         )
-        build(self._library(), source, out, order, named(gpu))
+        build(self._library(), source, out, order, named(gpu), progress)
 
 
 class TensorRtRtx(_Plans):
@@ -221,7 +238,13 @@ class TensorRtRtx(_Plans):
                 "another kind. Make a second target for it."
             )
 
-    def compile(self, source: Path, out: Path, options: RtxOptions) -> None:
+    def refused(self, options: RtxOptions) -> dict[str, str]:
+        """Return the schemes that a named device does not compute in."""
+        return _refused(options.devices)
+
+    def compile_telling(
+        self, source: Path, out: Path, options: RtxOptions, progress: Callable[[float], None] | None
+    ) -> None:
         """Build a plan for the named devices; none of them has to be here.
 
         Raises:
@@ -230,7 +253,7 @@ class TensorRtRtx(_Plans):
         """
         self.check(options)
         order = Order(sparse=options.sparse, workspace_mib=options.workspace_mib, capabilities=options.devices)
-        build(self._library(), source, out, order, f"RTX devices {', '.join(options.devices)}")
+        build(self._library(), source, out, order, f"RTX devices {', '.join(options.devices)}", progress)
 
 
 def check_fits(told: Told, gpu: Gpu, place: str, running: str) -> None:
@@ -264,6 +287,12 @@ def check_fits(told: Told, gpu: Gpu, place: str, running: str) -> None:
             f"{place}: an engine of another device; got one of {told.device}, expected {named(gpu)}. Compile it here, "
             "from the ONNX file, or with hardware: ampere or same-capability."
         )
+
+
+def _refused(capabilities: Sequence[str]) -> dict[str, str]:
+    """Return the schemes that one of these compute capabilities has no units for."""
+    old = [capability for capability in capabilities if _numbers(capability) < _FP8_CAPABILITY]
+    return {"fp8": f"compute capability {old[0]} has no units for it, 8.9 and newer have"} if old else {}
 
 
 def named(gpu: Gpu) -> str:

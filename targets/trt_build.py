@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import Evidence, Layer, Sparse, TargetError
-from targets.trt_told import layers_of_log, runs_sparse, skipped_for_memory, sparse_of_log
+from targets.base import RANGES, Evidence, Layer, Sparse, TargetError
+from targets.trt_told import layers_of_log, runs_sparse, skipped_for_memory, sparse_nodes, sparse_of_log
 
 if TYPE_CHECKING:
     import tensorrt as trt  # stands for TensorRT-RTX too
@@ -114,7 +114,12 @@ class Told:
         if self.timing_cache:
             notes.append(f"timing cache: {self.timing_cache}")
         notes += [f"not tried for want of memory: {line}" for line in self.skipped]
-        return Evidence(self.library, device, "as in the graph", layers, tuple(notes), self.sparse)
+        nodes = sparse_nodes(layers)
+        if nodes is not None and self.sparse.chosen not in (None, sum(map(bool, kernels))):
+            notes.append("the log and the names of the kernels disagree about how many are sparse")
+            nodes = None
+        sparse = replace(self.sparse, nodes=nodes)
+        return Evidence(self.library, device, "as in the graph", layers, tuple(notes), sparse)
 
 
 def build(
@@ -150,6 +155,7 @@ def build(
         raise TargetError(f"{place}: {source}: not a graph that its parser takes; got: {got}. Export it again.")
     config = builder.create_builder_config()
     cache = _configure(library, config, order, place)
+    _open_shapes(builder, network, config, source, place)
     watch = _monitor(library, progress) if progress else None
     if watch is not None:
         config.progress_monitor = watch
@@ -171,6 +177,29 @@ def build(
     )
     told.save(out)
     return told
+
+
+def _open_shapes(builder: Any, network: Any, config: Any, source: Path, place: str) -> None:
+    """Tell the builder the ranges of open shapes, for which it then looks for kernels."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    opened = [tensor for tensor in inputs if -1 in tuple(tensor.shape)]
+    if not opened:
+        return
+    try:
+        ranges = json.loads((source.parent / RANGES).read_text(encoding="utf-8"))
+        found = {tensor.name: [tuple(map(int, shape)) for shape in ranges[tensor.name]] for tensor in opened}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        names = ", ".join(tensor.name for tensor in opened)
+        raise TargetError(
+            f"{place}: {source}: open shapes of {names} without their ranges; got no {RANGES} beside it that has them "
+            f"({error}), expected the smallest, usual and largest of each. Name them in the recipe: "
+            "shapes: {batch: [1, 4], size: [512, 768]}."
+        ) from error
+    profile = builder.create_optimization_profile()
+    for name, (least, usual, most) in found.items():
+        profile.set_shape(name, least, usual, most)
+    if config.add_optimization_profile(profile) < 0:
+        raise TargetError(f"{place}: {source}: ranges that are none; got {found}. Give rising numbers in shapes.")
 
 
 class Log:

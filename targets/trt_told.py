@@ -60,7 +60,7 @@ def sparse_of_log(messages: Iterable[str]) -> Sparse:
         for name, pattern in _NAMED.items():
             if told := pattern.search(line):
                 found[name] = len([word for word in told.group(1).split(",") if word.strip()])
-    return Sparse(**found)
+    return Sparse(found["eligible"], found["chosen"])
 
 
 def skipped_for_memory(messages: Iterable[str]) -> list[str]:
@@ -102,6 +102,25 @@ def runs_sparse(layer: Layer) -> bool | None:
     return bool(_SPARSE_TACTIC.search(layer.kernel))
 
 
+def sparse_nodes(layers: Iterable[Layer]) -> tuple[str, ...] | None:
+    """Return the nodes of the graph that run on sparse kernels; None where a heavy layer does not show its kernel.
+
+    Args:
+        layers: of an engine.
+    """
+    found: list[str] = []
+    for layer in (layer for layer in layers if _is_heavy(layer.type)):
+        sparse = runs_sparse(layer)
+        if sparse is None or (sparse and not layer.origin):
+            return None
+        found += [name for name in layer.origin.split(",") if sparse]
+    return tuple(found)
+
+
+def _is_heavy(kind: str) -> bool:
+    return any(word in kind.lower() for word in _HEAVY)
+
+
 def _lines(messages: Iterable[str]) -> Iterable[str]:
     for message in messages:
         yield from message.splitlines()
@@ -127,8 +146,7 @@ def _fields(line: str) -> dict[str, Any]:
 def _layer(entry: Mapping[str, Any], device: str) -> Layer:
     kind = str(entry.get("LayerType", "unknown"))
     fed, given = _tensor_types(entry.get("Inputs")), _tensor_types(entry.get("Outputs"))
-    heavy = any(word in kind.lower() for word in _HEAVY)
-    deciding = fed if heavy else given or fed
+    deciding = fed if _is_heavy(kind) else given or fed
     origins = _OF_ONNX.findall(str(entry.get("Metadata", "")))
     return Layer(
         name=str(entry.get("Name", "")),

@@ -50,6 +50,7 @@ class Part(_Facts):
         dense: the same of the dense pipeline.
         guided: array (calls, prompts, ...) of dense's answers after guidance; empty where there is none.
         timed: inputs of one batch -> names of their arrays; one entry per step.
+        products: node with a constant weight -> multiplications of a call; None where shapes are open.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Part(_Facts):
     dense: str
     guided: str
     timed: list[dict[str, str]]
+    products: dict[str, int | None]
 
 
 class KitState(_Facts):

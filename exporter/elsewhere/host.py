@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from exporter.errors import ComponentFailed, ExporterError, RecipeError, ToolMis
 from exporter.metrics.fidelity import Answers, component_fidelity, guide, lowering, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import DENSE, Place
-from exporter.metrics.sparse import sparse_measurements
+from exporter.metrics.sparse import Products, sparse_measurements
 from exporter.networks.schedule import SCHEDULE
 from exporter.report.record import CellRecord, TargetRecord
 from exporter.sessions import fitted, open_network, run_batched
@@ -172,7 +172,8 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
     for part in state.parts:
         _build(host, part, part.graph, engine / part.name, host.options)
     if not host.target.capabilities().runs:
-        return built_cell(engine, [part.name for part in state.parts], host.target, place, host.out)
+        weighed: dict[str, Callable[[], Products]] = {part.name: part.products.copy for part in state.parts}
+        return built_cell(engine, weighed, host.target, place, host.out)
     has_dense = any(cell.state == DENSE and cell.status == "ok" for cell in before)
     dense = host.out / "engines" / DENSE if has_dense else None
     found: list[Measurement] = missing(IMAGES, place, _NO_IMAGES)
@@ -190,7 +191,7 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
             if part.floats:
                 found.append(over_float(timing, _rivals(host, part)))
             told = session.evidence()
-            found += sparse_measurements(told, here)
+            found += sparse_measurements(told, here, part.products.copy)
             evidence[part.name] = told.to_json()
             fed |= fed_parts(part.name, session, calls[0], host.ending)
     found += footprint(engine, host.facts.type, host.facts.options, place, fed)

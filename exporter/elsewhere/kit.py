@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import targets
-from calibration.schemes import FLOAT
 from exporter import __version__
 from exporter.answering import dense_reference, own_answers
 from exporter.artifact import (
@@ -34,8 +33,9 @@ from exporter.artifact import (
 from exporter.bench import Bench
 from exporter.elsewhere.facts import KITS, Asked, Kit, KitState, Part
 from exporter.errors import ArtifactError, ExporterError, RecipeError
-from exporter.lowering.engine import Workshop, export_float, export_state
+from exporter.lowering.engine import Workshop, export_rivals, export_state
 from exporter.lowering.feeds import recorded_calls
+from exporter.lowering.sparsity_report import products_of
 from exporter.lowering.wrappers import MAIN_OUTPUT
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.fidelity import Answers
@@ -49,7 +49,7 @@ from exporter.recordings import dense_recording, export_options, resolved_sampli
 from exporter.report.writing import read_record
 from exporter.states import components_of, config_of
 from exporter.validation import hint, one_of, options_from
-from targets.base import TargetError
+from targets.base import Target, TargetError
 
 HOST = "exporter.elsewhere.host"
 _SCRIPT = '''\
@@ -93,11 +93,13 @@ class _Making:
     Attributes:
         bench: what answers are computed with.
         shop: what components are exported with.
+        target: that it is for.
         folder: of the kit.
     """
 
     bench: Bench
     shop: Workshop
+    target: Target
     folder: Path
 
     def keep(self, array: NDArray[Any]) -> str:
@@ -156,7 +158,7 @@ def write_kit(run: Path, name: str, out: Path, progress: Progress, states: tuple
         chosen = [DENSE, *(state for state in known if state != DENSE and (states is None or state in states))]
 
         def build(folder: Path) -> Mapping[str, Any]:
-            making = _Making(bench, shop, folder)
+            making = _Making(bench, shop, targets.target(spec.type), folder)
             with task(progress, f"Kit for {name}", len(chosen)) as told:
                 made = []
                 for state in chosen:
@@ -248,12 +250,12 @@ def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making
     is_guided = isinstance(dense, Answers) and dense.raw.shape[1] > dense.guided.shape[1]
     guided = making.keep(dense.guided) if isinstance(dense, Answers) and is_guided else ""
     quantized = read_quantization(state.path / component.folder) is not None
-    floats = {FLOAT: making.graph(export_float(state, component, making.shop))} if quantized else {}
+    rivals = export_rivals(state, component, making.target, making.shop) if quantized else {}
     return Part(
         name=component.name,
         is_denoiser=component.role == "denoiser",
         graph=making.graph(onnx),
-        floats=floats,
+        floats={scheme: making.graph(rival) for scheme, rival in rivals.items()},
         schedule=_schedule(state, component, making.folder),
         output=MAIN_OUTPUT[component.role],
         asked=[Asked(timestep=call.timestep, feeds=making.keep_all(call.feeds)) for call in asked],
@@ -261,6 +263,7 @@ def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making
         dense=making.keep(_raw(dense)),
         guided=guided,
         timed=[making.keep_all(call.feeds) for call in timed],
+        products=products_of(onnx.path / "model.onnx") if (onnx.path / "model.onnx").is_file() else {},
     )
 
 

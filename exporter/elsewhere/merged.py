@@ -101,6 +101,7 @@ def with_merged(record: RunRecord, out: Path) -> RunRecord:
             "cells": [*here.cells, *cells],
             "gates": [*told, *_gates(here, results)],
             "notes": [*here.notes, *notes],
+            "exit_code_here": here.exit_code,
         }
     )
     return whole.model_copy(update={"exit_code": _exit_code(whole)})
@@ -113,8 +114,11 @@ def base_of(target: str) -> str:
 
 def _without(record: RunRecord) -> RunRecord:
     elsewhere = {target.name for target in record.targets if target.host}
+    code = record.exit_code if record.exit_code_here is None else record.exit_code_here
     return record.model_copy(
         update={
+            "exit_code": code,
+            "exit_code_here": None,
             "targets": [target for target in record.targets if not target.host],
             "cells": [cell for cell in record.cells if cell.target not in elsewhere],
             "gates": [gate for gate in record.gates if gate.target not in elsewhere],

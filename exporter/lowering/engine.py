@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.recording import Recording
+from calibration.schemes import FLOAT
 from exporter import __version__
 from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
 from exporter.compiling import compile_graphs
@@ -27,7 +28,7 @@ from exporter.networks.quantization import read_quantization
 from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
-from targets.base import Target, TargetError, TargetMissing, engine_file_of
+from targets.base import Target, TargetError, TargetMissing, TellsProgress, engine_file_of
 
 if TYPE_CHECKING:  # seconds to import
     from torch import nn
@@ -36,6 +37,8 @@ if TYPE_CHECKING:  # seconds to import
 
 PARITY_CALLS = 5
 """Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
+_PARTS = 100
+"""Units of the bar of a compiler that says how far it is."""
 _GRAPHS = 2
 """Counts changes of what exported graphs answer, so that those of before are not taken for today's."""
 
@@ -228,6 +231,28 @@ def export_float(state: Artifact, component: Component, shop: Workshop) -> Artif
     return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
 
 
+def export_rivals(state: Artifact, component: Component, target: Target, shop: Workshop) -> dict[str, Artifact]:
+    """Export what a quantized component is timed against on a target, by what it computes in; raises as `export_state`.
+
+    That is the component in float, and for targets that compute in the types of the graph also with 16 bits.
+    """
+    plain = export_float(state, component, shop)
+    found = {FLOAT: plain}
+    for scheme in getattr(target, "float_rivals", ()):
+        key = digest_of([plain.digest, component.name, scheme, __version__, _GRAPHS])
+        work = shop.out / "work" / f"float-{key[:16]}"
+
+        def build(out: Path, scheme: str = scheme, work: Path = work) -> Mapping[str, Any]:
+            from exporter.lowering.quantized import export_narrow  # seconds to import
+
+            return export_narrow(component, scheme, plain, (work, out))
+
+        title = f"Round {component.name} to {scheme}, state {state.path.name}"
+        folder = f"onnx-{component.name}-{key[:16]}"
+        found[scheme] = _make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
+    return found
+
+
 def _export_scheduled(
     component: Component,
     parts: tuple[nn.Module, StoredWeights, Schedule],
@@ -259,9 +284,12 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
     key = digest_of([onnx.digest, target.type, asdict(column.options), here.version, here.device, __version__])
     folder = f"{target.type}-{name}-{key[:16]}"
 
+    bar = _Bar(shop.progress, _PARTS if isinstance(target, TellsProgress) else 1)
+
     def build(out: Path) -> Mapping[str, Any]:
         try:
-            shop.peak_mib = max(shop.peak_mib, compile_graphs(column.target, column.options, onnx.path, out))
+            peak_mib = compile_graphs(column.target, column.options, onnx.path, out, bar)
+            shop.peak_mib = max(shop.peak_mib, peak_mib)
         except TargetMissing as error:
             raise ToolMissing(f"target {column.name}: {error}") from error
         except (TargetError, ComponentFailed) as error:
@@ -269,7 +297,20 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
         return {"component": name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Compile {name} for {column.name}"
-    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title)
+    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
+
+
+class _Bar:
+    """Moves the bar of a task to a done fraction, never back: some builders begin anew."""
+
+    def __init__(self, progress: Progress, units: int = 1) -> None:
+        self._progress, self.units, self._done = progress, units, 0
+
+    def __call__(self, done: float) -> None:
+        units = int(done * self.units)
+        if self._done < units <= self.units:
+            self._progress.advance(units - self._done)
+            self._done = units
 
 
 def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
@@ -281,6 +322,7 @@ def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
     key: str,
     parent: Artifact,
     title: str,
+    bar: _Bar | None = None,
 ) -> Artifact:
     shop.used.add(folder)
     final = shop.out / "lowered" / folder
@@ -288,10 +330,11 @@ def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
     if found is not None:
         return found
     started, parity = time.monotonic(), shop.seconds.get("parity", 0.0)
-    shop.progress.start(title, 1)
+    bar = bar or _Bar(shop.progress)
+    shop.progress.start(title, bar.units)
     made = write_artifact(final, build, kind=kind, key=key, parent=parent.digest, sources=[parent.path], memo=shop.memo)
     shop.made.append(title)
-    shop.progress.advance()
+    bar(1.0)
     shop.progress.finish()
     shop.took(title.split()[0].lower(), time.monotonic() - started - (shop.seconds.get("parity", 0.0) - parity))
     return made

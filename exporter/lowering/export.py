@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from exporter.lowering.tidy import tidy, unused_initializers
 from exporter.lowering.wrappers import Signature, Sizes, example_feeds, signature, wrap
 from exporter.networks.cuts import Cut
 from exporter.progress import Progress, Silent, task
+from targets.base import RANGES
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
@@ -90,6 +92,9 @@ def export_component(
         shown.advance(note="tidied")
         path = out / (MODEL_FILE if cut is None else f"{cut.pattern.name}.onnx")
         _write(model, component, path, options, held, whole=cut is not None)
+        if options.dynamic and options.batches and options.latents:
+            ranges = _ranges(module, names, options, options.batches, options.latents)
+            (out / RANGES).write_text(json.dumps(ranges, indent=1) + "\n", encoding="utf-8")
         shown.advance()
 
 
@@ -169,6 +174,19 @@ def _examples(module: nn.Module, names: Signature, options: ExportOptions) -> tu
     if names.dynamic[names.inputs[0]].get(3):
         first = found[0]
         found = (torch.cat([first, first], dim=3), *found[1:])
+    return found
+
+
+def _ranges(
+    module: nn.Module, names: Signature, options: ExportOptions, batches: tuple[int, int], latents: tuple[int, int]
+) -> dict[str, list[list[int]]]:
+    """Return the smallest, the usual and the largest shape of every input, for runtimes that have to know them."""
+    points = [(batches[0], latents[0]), (options.batch, options.latent), (batches[1], latents[1])]
+    found: dict[str, list[list[int]]] = {name: [] for name in names.inputs}
+    for batch, latent in points:
+        fed = _examples(module, names, replace(options, dynamic=False, batch=batch, latent=latent))
+        for name, tensor in zip(names.inputs, fed, strict=True):
+            found[name].append(list(tensor.shape))
     return found
 
 

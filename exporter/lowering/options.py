@@ -17,6 +17,8 @@ class ExportOptions:
         guided: the denoiser answers two rows per image, without and with the prompt.
         latent: side of the latent; fixed unless `dynamic`.
         tokens: length of the text, always fixed.
+        batches: least and most images per call that engines are built for, where a runtime has to know; of `dynamic`.
+        latents: the same of the latent's side.
         external_bytes: weights beyond this stay in files beside the graph; below, the graph holds them.
     """
 
@@ -26,4 +28,6 @@ class ExportOptions:
     guided: bool = True
     latent: int = 64
     tokens: int = 77
+    batches: tuple[int, int] | None = None
+    latents: tuple[int, int] | None = None
     external_bytes: int = 100_000_000

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.qdq import Manner, write_quantized
 from calibration.schemes import FLOAT, NARROW, unit_of
 from calibration.sites import sites_of
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, link_file
 from exporter.errors import ComponentFailed
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, Quantization
+from targets.base import RANGES
 
 FLOAT_FILE = "model.onnx"
 
@@ -44,8 +47,32 @@ def export_quantized(
     work, out = places
     told = _write_rounded(write_folded(plain.path / FLOAT_FILE, work), folder, quantization, out)
     shutil.rmtree(work)
+    _link_ranges(plain, out)
     zeros = check_zeros([out / FLOAT_FILE], load_claims(folder), component.name)
     return {"component": component.name, "zeros": zeros, "quantized": told}
+
+
+def export_narrow(component: Component, scheme: str, plain: Artifact, places: tuple[Path, Path]) -> Mapping[str, Any]:
+    """Write a float graph with all of its layers in 16 bits: what a quantized one is timed against, not compared with.
+
+    Args:
+        component: of a state.
+        scheme: ``fp16`` or ``bf16``.
+        plain: the component exported in float.
+        places: as for `export_quantized`.
+    """
+    work, out = places
+    graph = write_folded(plain.path / FLOAT_FILE, work)
+    schemes = dict.fromkeys(sites_of(ir.load(graph).graph), scheme)
+    write_quantized(graph, out, schemes, None, Manner(type_of=lambda path: scheme))
+    shutil.rmtree(work)
+    _link_ranges(plain, out)
+    return {"component": component.name, "scheme": scheme}
+
+
+def _link_ranges(plain: Artifact, out: Path) -> None:
+    if (plain.path / RANGES).is_file():
+        link_file(plain.path / RANGES, out / RANGES)
 
 
 def write_folded(source: Path, out: Path) -> Path:
@@ -78,7 +105,6 @@ def _write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> 
     Raises:
         ComponentFailed: the state's ranges are of another network.
     """
-    import onnx_ir as ir
 
     def scheme_of(path: str) -> str:
         unit = unit_of(path, told.plan)

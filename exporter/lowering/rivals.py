@@ -8,7 +8,8 @@ from pathlib import Path
 
 from exporter.artifact import Artifact
 from exporter.compiling import float_options
-from exporter.lowering.engine import Column, Workshop, compile_part, export_float
+from exporter.lowering.engine import Column, Workshop, compile_part, export_rivals
+from exporter.metrics.sparse import Products
 from exporter.networks.components import Component
 from exporter.states import components_of
 
@@ -34,11 +35,20 @@ class Lowered:
         engine: of all its components.
         fixed: the denoiser compiled with fixed shapes, where the recipe opens them.
         quantized: what its quantized components are held to, by name.
+        exported: the artifacts that its components were compiled from, by name.
     """
 
     engine: Artifact
     fixed: Artifact | None
     quantized: Mapping[str, Quantized]
+    exported: Mapping[str, Artifact]
+
+    def products(self, name: str) -> Products:
+        """Return what the nodes of a component's graph multiply; nothing where a schedule has made it several."""
+        from exporter.lowering.sparsity_report import products_of  # seconds to import
+
+        graph = self.exported[name].path / "model.onnx"
+        return products_of(graph) if graph.is_file() else {}
 
 
 def quantized_of(
@@ -63,9 +73,10 @@ def quantized_of(
 
 
 def _floats(state: Artifact, part: Component, column: Column, shop: Workshop) -> dict[str, Path]:
-    """Compile a component as it is in float, at the column's own precision and at the device's fastest."""
-    onnx = export_float(state, part, shop)
+    """Compile a component as it is in float, in all that it could be served in: precisions of options, or graphs."""
     made = {}
-    for precision, options in float_options(column.target, column.options).items():
-        made[precision] = compile_part(onnx, part.name, replace(column, options=options), shop).path
+    for scheme, onnx in export_rivals(state, part, column.target, shop).items():
+        for precision, options in float_options(column.target, column.options).items():
+            name = precision or scheme
+            made[name] = compile_part(onnx, part.name, replace(column, options=options), shop).path
     return made

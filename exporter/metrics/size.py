@@ -68,7 +68,12 @@ class ChildRun:
 
 
 def run_child(
-    command: Sequence[str], *, timeout_s: float, folder: Path | None = None, paths: Sequence[str] = ()
+    command: Sequence[str],
+    *,
+    timeout_s: float,
+    folder: Path | None = None,
+    paths: Sequence[str] = (),
+    watch: Callable[[], object] = lambda: None,
 ) -> ChildRun:
     """Run a program and return the peak of its resident memory, children of its own not included.
 
@@ -80,6 +85,7 @@ def run_child(
         timeout_s: after this it is killed.
         folder: to run in.
         paths: where the child's Python looks for modules first.
+        watch: called again and again while it runs.
 
     Raises:
         ComponentFailed: it failed or ran too long; the message ends with what it wrote to stderr.
@@ -101,6 +107,7 @@ def run_child(
             process = psutil.Process(child.pid)
             while True:
                 peak = max(peak, _peak_mib(process))
+                watch()
                 try:
                     output, errors = child.communicate(timeout=POLL_S)
                     break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calibration.schemes import FLOAT, MIXED, SCORES
@@ -43,29 +43,31 @@ def check_order(stages: Sequence[StageSpec]) -> None:
                 )
 
 
-def check_schemes(
-    options: QuantizeOptions, place: str, offered: Mapping[str, Collection[str]], targets: Mapping[str, str]
-) -> None:
+def check_schemes(options: QuantizeOptions, place: str, offered: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse a scheme that a target of the recipe does not run, also one in a plan.
 
     Args:
         options: of the stage.
         place: key path for the message.
-        offered: target type -> schemes.
-        targets: the recipe's name of a target -> its type.
+        offered: the recipe's name of a target, with its type -> scheme -> why it cannot be had with the target's
+            options, empty where it can.
 
     Raises:
         RecipeError: naming what the target can.
     """
     plan = read_plan(Path(options.plan)) if options.plan else {}
     for scheme in dict.fromkeys([options.scheme, *plan.values()]):
-        for name, kind in targets.items():
-            if scheme != FLOAT and kind in offered and scheme not in offered[kind]:
-                can = one_of(offered[kind]) if offered[kind] else "no quantized graphs"
-                raise RecipeError(
-                    f"{place}.scheme: target {name} ({kind}) does not run {scheme}; got '{scheme}', expected {can}. "
-                    "Choose one of these, or leave the target out."
-                )
+        for name, schemes in offered.items():
+            why = schemes.get(scheme)
+            if scheme == FLOAT or why == "":
+                continue
+            left = [known for known, reason in schemes.items() if not reason]
+            can = one_of(left) if left else "no quantized graphs"
+            told = f": {why}" if why else ""
+            raise RecipeError(
+                f"{place}.scheme: target {name} does not run {scheme}{told}; got '{scheme}', expected {can}. "
+                "Choose one of these, or leave the target out."
+            )
 
 
 def check_plans(stages: Sequence[StageSpec], source: Path) -> None:

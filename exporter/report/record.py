@@ -141,7 +141,8 @@ class RunRecord(_Record):
     """One run, whole. `complete` is False while it is under way or after it was stopped; `stopped` says why then.
 
     `forecast` compares memory, disk and time with what preflight expected; empty where the run found work done.
-    `pending` is how many gates of an unfinished run are still to be applied.
+    `pending` is how many gates of an unfinished run are still to be applied. `exit_code_here` is that of this machine's
+    part alone, where other hosts' results are in the record too.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -163,3 +164,4 @@ class RunRecord(_Record):
     forecast: dict[str, dict[str, float]] = {}
     notes: list[str] = []
     stopped: str = ""
+    exit_code_here: int | None = None

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.cli import main
 from exporter.errors import SourceError
-from exporter.lowering.sparsity_report import product_share, report_text, sparse_weights, summary
+from exporter.lowering.sparsity_report import product_share, products_of, report_text, sparse_weights, summary
 
 DRAW = np.random.default_rng(0)
 
@@ -125,3 +125,7 @@ def test_the_command_prints_it_and_refuses_what_is_no_graph(
     (tmp_path / "model.onnx").write_text("no graph")
     with pytest.raises(SourceError, match=r"model\.onnx: not an ONNX file; got: .*exported\.$"):
         sparse_weights(tmp_path / "model.onnx")
+
+
+def test_products_are_known_without_reading_weights(graph: Path) -> None:
+    assert products_of(graph) == {item.node: item.products for item in sparse_weights(graph)}

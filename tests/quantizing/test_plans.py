@@ -216,14 +216,18 @@ def test_two_components_may_be_quantized():
 
 
 def test_a_scheme_that_a_target_does_not_run_is_refused_also_in_a_plan(tmp_path):
-    offered = {"small": ("int8-weights",), "large": ("int8", "int8-weights")}
-    check_schemes(QuantizeOptions("int8-weights"), "stages[0].quantize", offered, {"a": "small", "b": "large"})
+    small = {"a (small)": {"int8-weights": ""}}
+    offered = {**small, "b (large)": {"int8": "", "int8-weights": ""}}
+    check_schemes(QuantizeOptions("int8-weights"), "stages[0].quantize", offered)
     plan = str(written(tmp_path, "conv_in int8\n"))
     with pytest.raises(
         RecipeError,
         match=r"stages\[0\]\.quantize\.scheme: target a \(small\) does not run int8; .* expected int8-weights\.",
     ):
-        check_schemes(QuantizeOptions("int8-weights", plan=plan), "stages[0].quantize", offered, {"a": "small"})
+        check_schemes(QuantizeOptions("int8-weights", plan=plan), "stages[0].quantize", small)
+    only_some = {"a (rtx)": {"fp8": "capability 8.6 has no units for it", "int8": ""}}
+    with pytest.raises(RecipeError, match=r"does not run fp8: capability 8\.6 has no .*; got 'fp8', expected int8\."):
+        check_schemes(QuantizeOptions("fp8"), "stages[0].quantize", only_some)
 
 
 @pytest.mark.parametrize(

@@ -17,29 +17,15 @@ from exporter.errors import ComponentFailed, ExporterError, RecipeError
 from exporter.networks.cuts import torch_chain
 from exporter.networks.schedule import Schedule, read_schedule
 from exporter.networks.storage import load_network
-from exporter.progress import Silent
 from exporter.report.record import RunRecord
 from exporter.report.writing import read_record
-from exporter.run import run_recipe
 from exporter.runtime import load
 
 
 @pytest.fixture(scope="module")
-def scheduled(tiny_recipe, made_once) -> tuple[Path, RunRecord]:
+def scheduled(scheduled_run) -> tuple[Path, RunRecord]:
     """A run of 5 steps: pruned in width, then every second step cut. Read only."""
-    recipe = tiny_recipe(
-        sampling={"steps": 5, "guidance": 3.0, "batch": 2},
-        stages=[
-            {"prune": {"method": "magnitude", "keep_ratio": 0.75, "round_to": 8}},
-            {"prune": {"method": "deepcache", "interval": 2}},
-        ],
-        measure={**tiny_recipe().measure.model_dump(), "states": "final"},
-        gates=[{"metric": "latency.loop_ms", "max": 1e9, "state": "final"}, {"metric": "lowering.psnr_db", "min": 60}],
-    )
-    out = made_once("scheduled", lambda folder: run_recipe(recipe, folder / "out", progress=Silent())) / "out"
-    record = read_record(out)
-    assert record.exit_code == 0, [cell.error for cell in record.cells]
-    return out, record
+    return scheduled_run, read_record(scheduled_run)
 
 
 def schedule_of(folder: Path) -> Schedule:

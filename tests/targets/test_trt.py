@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import targets
-from targets.base import Layer, Sparse, TargetError, TargetMissing
+from targets.base import RANGES, Layer, Sparse, TargetError, TargetMissing
 from targets.nvidia import Gpu, find_gpu
 from targets.trt import RtxOptions, TensorRt, TensorRtRtx, TrtOptions, check_fits, named
 from targets.trt_build import PLAN, TOLD, Order, Told
@@ -157,3 +157,56 @@ def test_what_a_builder_told_is_the_same_after_it_was_stored(tmp_path: Path) -> 
     (tmp_path / TOLD).write_text(json.dumps(content))
     with pytest.raises(TargetError, match=r"build\.json: what the builder told cannot be read: .*Compile again\."):
         Told.load(tmp_path)
+
+
+def test_eight_bit_floats_are_refused_for_devices_that_have_none() -> None:
+    assert list(RTX.refused(RtxOptions(devices=("8.9", "12.0")))) == []
+    assert "8.6" in RTX.refused(RtxOptions(devices=("8.6", "8.9")))["fp8"]
+
+
+def open_model(folder: Path) -> Path:
+    """A product of as many rows as one likes."""
+    path = model(folder)
+    found = onnx.load(path)
+    for tensor in (*found.graph.input, *found.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_param = "rows"
+    onnx.save(found, path)
+    return path
+
+
+@builds
+def test_open_shapes_are_built_for_the_ranges_beside_the_graph(tmp_path: Path) -> None:
+    source, out = open_model(tmp_path), tmp_path / "engine"
+    out.mkdir()
+    with pytest.raises(
+        TargetError, match=r"open shapes of x without their ranges; .* Name them in the recipe: shapes:"
+    ):
+        RTX.compile(source, out, RtxOptions(devices=("8.6",)))
+    (tmp_path / RANGES).write_text(json.dumps({"x": [[8, 64], [4, 64], [2, 64]]}))
+    with pytest.raises(TargetError, match="ranges that are none"):
+        RTX.compile(source, out, RtxOptions(devices=("8.6",)))
+    (tmp_path / RANGES).write_text(json.dumps({"x": [[2, 64], [4, 64], [8, 64]]}))
+    RTX.compile(source, out, RtxOptions(devices=("8.6",)))
+    assert (out / PLAN).is_file()
+
+
+@builds
+def test_a_build_tells_how_far_it_is(tmp_path: Path) -> None:
+    told_of: list[float] = []
+    RTX.compile_telling(model(tmp_path), tmp_path, RtxOptions(devices=("8.6",)), told_of.append)
+    assert told_of
+    assert all(0 < done <= 1 for done in told_of)
+    assert told_of[-1] == 1
+
+
+def test_what_multiplies_sparsely_is_known_only_where_all_kernels_show_it() -> None:
+    sparse = Layer("a", "gemm", "f16", "sm80_xmma_sparse_gemm_f16", "", "node_a,node_cast")
+    dense = Layer("b", "gemm", "f16", "sm80_xmma_gemm_f16", "", "node_b")
+    hidden = Layer("c", "gemm", "f16", "__myelin_CASK_STUB", "", "node_c")
+    pointwise = Layer("d", "pointwise", "f16", "", "", "node_d")
+    of = told(sparse=Sparse(2, 1))
+    assert of.evidence("gpu", (sparse, dense, pointwise)).sparse == Sparse(2, 1, ("node_a", "node_cast"))
+    assert of.evidence("gpu", (sparse, hidden)).sparse == Sparse(2, 1, None)
+    disagreeing = told(sparse=Sparse(2, 2)).evidence("gpu", (sparse, dense))
+    assert disagreeing.sparse == Sparse(2, 2, None)
+    assert any("disagree" in note for note in disagreeing.notes)
