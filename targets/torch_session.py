@@ -74,18 +74,22 @@ class TorchSession:
             else:
                 layers = tuple(self._planned())
                 notes.append("shapes are open and no call said their size: layers as in the graph, no types")
-        chosen = sum(bool(layer.kernel) for layer in layers)
+        sparse_layers = [layer for layer in layers if layer.kernel]
+        chosen = len(sparse_layers)
+        known = bool(self._programs) or not self._weights.stored
         eligible = [item for item in self._weighted if item.pattern]
-        backends = sorted({layer.kernel for layer in layers if layer.kernel})
+        backends = sorted({layer.kernel for layer in sparse_layers})
         notes.append(
-            f"weights with two zeros in four: {len(eligible)} of {len(self._weighted)}; semi-structured: {chosen}"
+            f"weights with two zeros in four: {len(eligible)} of {len(self._weighted)}; semi-structured: "
+            + (str(chosen) if known else "not known before the first call")
             + (f" ({', '.join(backends)})" if backends else "")
         )
         if self._sparse:
             notes += _why_dense(eligible)
         else:
             notes.append("the dense twin: weights with zeros are stored and multiplied as any other (sparse: false)")
-        sparse = Sparse(len(eligible), chosen if self._programs or not self._weights.stored else None)
+        nodes = tuple(layer.name for layer in sparse_layers)
+        sparse = Sparse(len(eligible), chosen if known else None, nodes if known else None)
         return Evidence(
             f"torch {torch.__version__}", self._device_name, "as in the graph", layers, tuple(notes), sparse
         )

@@ -63,12 +63,12 @@ def test_both_answer_as_onnx_runtime_does_on_the_processor(opened: Any, engine: 
 
 def test_the_evidence_counts_tensors_that_are_semi_structured(opened: Any) -> None:
     found = opened().evidence()
-    assert found.sparse == Sparse(2, 2)
+    assert found.sparse == Sparse(2, 2, ("layer.0/MatMul", "layer.1/MatMul"))
     assert [layer.kernel for layer in found.layers if layer.type == "MatMul"] == ["cusparselt"] * 2
     assert {layer.precision for layer in found.layers if layer.type == "MatMul"} == {"f16"}
     assert found.device == TARGET.capabilities().device
     twin = opened(sparse=False).evidence()
-    assert twin.sparse == Sparse(2, 0)
+    assert twin.sparse == Sparse(2, 0, ())
     assert any("the dense twin" in note for note in twin.notes)
 
 
@@ -99,7 +99,7 @@ def test_weights_of_every_fate_in_one_program(tmp_path: Path) -> None:
     wanted = OnnxRuntime().open_as_written(source)(given)["answer"]
     np.testing.assert_allclose(session(given)["answer"], wanted, rtol=0.02, atol=0.02 * float(np.abs(wanted).max()))
     found = session.evidence()
-    assert found.sparse == Sparse(4, 1)
+    assert found.sparse == Sparse(4, 1, ("stored/MatMul",))
     assert any("kernel/Conv: a convolution of 3 x 3" in note for note in found.notes)
     session.close()
 

@@ -84,7 +84,7 @@ class TestWeights:
 
     def test_the_dense_twin_says_what_it_is(self, engine: Path) -> None:
         found = opened(engine).evidence()
-        assert found.sparse == Sparse(2, 0)
+        assert found.sparse == Sparse(2, 0, ())
         assert any("the dense twin" in note for note in found.notes)
         assert any("2 of 2; semi-structured: 0" in note for note in found.notes)
 
@@ -92,7 +92,7 @@ class TestWeights:
         (tmp_path / "out").mkdir()
         write_program(linear_graph(tmp_path / "source", kind="float32"), tmp_path / "out")
         found = opened(tmp_path / "out", sparse=True).evidence()
-        assert found.sparse == Sparse(2, 0)
+        assert found.sparse == Sparse(2, 0, ())
         dense = [note for note in found.notes if note.startswith("dense: ")]
         reason = "float32: torch has semi-structured products of f16 and bf16"
         assert dense == [f"dense: layer.0/MatMul and 1 more: {reason}"]
@@ -129,6 +129,13 @@ class TestSession:
             thread.join()
         for seed, answer in wanted.items():
             np.testing.assert_array_equal(found[seed], answer)
+
+    def test_before_a_call_with_open_shapes_it_is_not_known_what_is_sparse(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        write_program(linear_graph(tmp_path / "source", rows="rows"), tmp_path / "out")
+        found = opened(tmp_path / "out", sparse=True).evidence()
+        assert found.sparse == Sparse(2, None, None)
+        assert any("semi-structured: not known before the first call" in note for note in found.notes)
 
     def test_many_shapes_do_not_pile_up(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -222,4 +229,4 @@ class TestEngine:
         for index, answer in enumerate(wanted):
             session = opened(out / f"pattern-{index}.onnx")
             np.testing.assert_array_equal(session(feeds())["answer"], answer)
-            assert session.evidence().sparse == Sparse(1, 0)
+            assert session.evidence().sparse == Sparse(1, 0, ())
