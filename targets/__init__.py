@@ -13,6 +13,7 @@ TARGETS = {
     "openvino": "targets.ov:OpenVino",
     "tensorrt": "targets.trt:TensorRt",
     "tensorrt-rtx": "targets.trt:TensorRtRtx",
+    "torch-cuda": "targets.torch_cuda:TorchCuda",
 }
 """The registry: what a recipe calls ``type`` -> ``module:Class``."""
 

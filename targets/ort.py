@@ -30,6 +30,7 @@ from targets.base import (
     require,
 )
 from targets.joined import join_files
+from targets.onnx_file import external_files, graph_of
 from targets.ort_format import MODEL_FILE, write_ort
 from targets.ort_profile import executed, planned
 from targets.selfcontained import write_self_contained
@@ -124,7 +125,7 @@ class OnnxRuntime:
             TargetError: the options are refused, or the file is damaged or has an operator that the runtime lacks.
         """
         self.check(options)
-        beside = _external_files(source)
+        beside = external_files(source, _PLACE)
         if options.format == "ort":
             tools = require("onnxruntime.tools.ort_format_model", _PLACE, _INSTALL)
             write_ort(source, out, partial(_save_ort, source, options), tools)
@@ -293,19 +294,8 @@ def _session(path: Path, options: OrtOptions, settings: Any = None, left_out: tu
 
 def _has_open_shapes(path: Path) -> bool:
     """Return whether an ONNX file takes inputs of several shapes."""
-    sides = [side for value in _graph_of(path).input for side in value.type.tensor_type.shape.dim]
+    sides = [side for value in graph_of(path, _PLACE).input for side in value.type.tensor_type.shape.dim]
     return any(not side.HasField("dim_value") for side in sides)
-
-
-def _graph_of(path: Path) -> Any:
-    """Return what an ONNX file says, the tensors beside it unread."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no stubs
-
-    try:
-        return onnx.load(str(path), load_external_data=False).graph
-    except (DecodeError, OSError, ValueError) as error:
-        raise TargetError(f"{_PLACE}: {path}: not an ONNX file; got: {error}. Export it again.") from error
 
 
 def _hindering(path: Path) -> tuple[str, ...]:
@@ -332,21 +322,6 @@ def _spec(value: Any) -> TensorSpec:
             f"{', '.join(_DTYPES)}. Export with 32-bit inputs and outputs."
         )
     return TensorSpec(value.name, _DTYPES[kind], tuple(d if isinstance(d, int) else -1 for d in value.shape))
-
-
-def _external_files(source: Path) -> list[str]:
-    """Return the names of the files beside `source` that hold its large tensors."""
-    graph = _graph_of(source)
-    found = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
-    for name in sorted(found):
-        if Path(name).name != name or name in (".", ".."):
-            raise TargetError(
-                f"{_PLACE}: {source}: external data outside its folder; got {name!r}, expected a plain file name. "
-                "Export it again; do not use files from elsewhere unread."
-            )
-        if not (source.parent / name).is_file():
-            raise TargetError(f"{_PLACE}: {source}: its external data is missing; expected {name!r} beside it.")
-    return sorted(found)
 
 
 def _processor() -> str:

@@ -114,7 +114,7 @@ class _Plans:
 
     def compile_telling(self, source: Path, out: Path, options: Any, progress: Callable[[float], None] | None) -> None:
         """Build a plan and tell how far it is."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self._place}: every product builds plans of its own")
 
     def join(self, parts: Sequence[Path], out: Path, options: Any) -> None:
         """Refuse: every plan holds weights of its own.

@@ -18,8 +18,9 @@ import onnx_ir as ir
 import torch
 
 from exporter.errors import SourceError
-from exporter.lowering.zeros import OPERATORS, values_of, weight_of
+from exporter.lowering.zeros import OPERATORS, weight_of
 from exporter.networks.sparsity import grouped
+from targets.onnx_file import values_of
 
 PATTERN = (2, 4)
 _DEPTH = {1: 64, 2: 32, 4: 16}

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from exporter.errors import ComponentFailed
 from exporter.networks.sparsity import MAX_GROUP, Claims, Pattern, broken, stated
+from targets.onnx_file import values_of
 
 OPERATORS = ("Conv", "Gemm", "MatMul")
 _ELEMENTWISE = ("Cast", "DequantizeLinear")
@@ -93,15 +93,6 @@ def weight_of(node: ir.Node) -> tuple[Any, int] | None:
     if value is None or value.const_value is None or len(value.const_value.shape) != rank:
         return None
     return value.const_value, axis
-
-
-def values_of(tensor: Any) -> NDArray[Any]:
-    """Return the numbers of a tensor; those outside of the graph are read here, since onnx refuses linked files."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        values: NDArray[Any] = tensor.numpy()
-        return values
-    raw = np.fromfile(Path(tensor.path), dtype=np.uint8, count=tensor.length or -1, offset=tensor.offset or 0)
-    return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
 def _lost(component: str, name: str, pattern: Pattern, told: str) -> ComponentFailed:
