@@ -222,6 +222,7 @@ class Target(Protocol):
         type: the name recipes use.
         options: the frozen dataclass of this target's options; its fields are the recipe's keys.
         engine_file: name of the file that the loaders of the runtime's own ecosystem expect in a component folder.
+        needs: distributions that compiling and running take, numpy left out.
         schemes: of quantization, whose graphs it runs.
         rounds_results: whether it computes convolutions in integers only where their results are rounded to 8 bits too.
     """
@@ -229,6 +230,7 @@ class Target(Protocol):
     type: str
     options: OptionsClass
     engine_file: str
+    needs: tuple[str, ...]
     schemes: tuple[str, ...]
     rounds_results: bool
 

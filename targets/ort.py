@@ -89,6 +89,7 @@ class OnnxRuntime:
     type = "onnxruntime"
     options = OrtOptions
     engine_file = "model.onnx"
+    needs = ("onnxruntime", "onnx")
     schemes = ("int8", "int8-weights", "int4-weights", "fp16")
     rounds_results = True
 

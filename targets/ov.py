@@ -75,6 +75,7 @@ class OpenVino:
     type = "openvino"
     options = OvOptions
     engine_file = "openvino_model.xml"
+    needs = ("openvino",)
     schemes = ("int8", "int8-weights", "int4-weights", "fp16")
     rounds_results = False
 

@@ -51,6 +51,7 @@ class TorchCuda:
     type = "torch-cuda"
     options = TorchCudaOptions
     engine_file = "model.onnx"
+    needs = ("torch", "onnx", "onnx-ir", "ml-dtypes")
     schemes = ("int8", "int8-weights", "int4-weights", "fp16", "bf16")
     rounds_results = False
 

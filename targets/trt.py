@@ -74,6 +74,7 @@ class _Plans:
     product: str
     module: str
     distribution: str
+    needs: tuple[str, ...]
     engine_file = PLAN
     schemes = _SCHEMES
     rounds_results = True
@@ -157,6 +158,7 @@ class TensorRt(_Plans):
     product = "TensorRT"
     module = "tensorrt"
     distribution = "tensorrt"
+    needs = ("tensorrt", "cuda-bindings")
     options = TrtOptions
 
     def capabilities(self) -> Capabilities:
@@ -226,6 +228,7 @@ class TensorRtRtx(_Plans):
     product = "TensorRT-RTX"
     module = "tensorrt_rtx"
     distribution = "tensorrt_rtx"
+    needs = ("tensorrt_rtx", "cuda-bindings")
     options = RtxOptions
 
     def capabilities(self) -> Capabilities:

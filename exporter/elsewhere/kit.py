@@ -180,19 +180,16 @@ def write_kit(run: Path, name: str, out: Path, progress: Progress, states: tuple
 
 
 def requirements(kind: str) -> list[str]:
-    """Return what a host has to install for a type of target: exact versions where they are here, else bounds."""
-    wanted = ["numpy", "psutil", "pydantic"]
-    extra = [line for line in requires("diffusion-exporter") or () if re.search(rf"extra == [\"']{kind}[\"']", line)]
-    found = [line.partition(";")[0].strip() for line in extra] or [kind]
-    return [*map(_pinned, wanted), *map(_pinned, found)]
+    """Return what a host has to install for a type of target: the versions that are here, or our own bounds."""
+    return [_pinned(name) for name in ("numpy", "psutil", "pydantic", *targets.target(kind).needs)]
 
 
-def _pinned(requirement: str) -> str:
-    name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+def _pinned(name: str) -> str:
     try:
         return f"{name}=={version(name).partition('+')[0]}"
     except PackageNotFoundError:
-        return requirement
+        bounds = (line.partition(";")[0].strip() for line in requires("diffusion-exporter") or ())
+        return next((line for line in bounds if re.match(rf"{name}(?![A-Za-z0-9._-])", line)), name)
 
 
 def _spec(recipe: Recipe, name: str) -> TargetSpec:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import targets
 from exporter.artifact import open_artifact, write_artifact
 from exporter.elsewhere.facts import Result, checksum_of
 from exporter.elsewhere.host import measure_kit
-from exporter.elsewhere.kit import write_kit
-from exporter.elsewhere.merged import merge
+from exporter.elsewhere.kit import requirements, write_kit
+from exporter.elsewhere.merged import merge, read_result
 from exporter.errors import ArtifactError, RecipeError
 from exporter.progress import Silent
 from exporter.report.record import CellRecord, RunRecord
@@ -263,15 +263,23 @@ def test_a_kit_builds_for_devices_that_are_not_there(built: Path, tmp_path: Path
 
 
 def test_a_schedule_goes_along(scheduled_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(scheduled_run, tmp_path / "run"))
-    write_kit(run, "ort", tmp_path / "kit", Silent(), ("2-pruned",))
-    found = measure_kit(tmp_path / "kit", tmp_path / "there", "board")
+    run, kit, packages = Path(shutil.copytree(scheduled_run, tmp_path / "run")), tmp_path / "kit", tmp_path / "packages"
+    write_kit(run, "ort", kit, Silent(), ("2-pruned",))
+    packages.mkdir()
+    done = measured_there(kit, bare_host(kit / "requirements.txt", packages), "--name", "board")
+    assert done.returncode == 0, done.stderr
+    found = read_result(tmp_path / "kit-board" / "result.json")
     record = read_record(run)
     here = {(m.name, m.component): m.value for c in record.cells if c.state == "2-pruned" for m in c.measurements}
     there = {(m.name, m.component): m for m in found.cells[-1].measurements}
     for name in ("lowering.psnr_db", "fidelity.teacher_forced.psnr_db"):
         assert there[name, "unet"].value == pytest.approx(here[name, "unet"], rel=1e-3)
     assert set(there["latency.loop_ms", "unet"].detail["patterns"]) == {"pattern-0", "pattern-1"}
+
+
+def test_what_is_not_here_is_asked_for_by_our_own_bounds() -> None:
+    assert [line for line in requirements("tensorrt") if line.startswith("tensorrt")] == ["tensorrt<12,>=10.13"]
+    assert f"numpy=={version('numpy')}" in requirements("openvino")
 
 
 @pytest.mark.parametrize(
