@@ -64,7 +64,8 @@ def target_rows() -> list[dict[str, Any]]:
     for name in targets.TARGETS:
         here = targets.target(name).capabilities()
         state = "ready" if here.runs else "builds only" if here.available else "missing"
-        detail = f"{here.version} on {here.device}, {' '.join(here.precisions)}" if here.available else ""
+        place = f" on {here.device}" if here.device else ""
+        detail = f"{here.version}{place}, {' '.join(here.precisions)}" if here.available else ""
         if here.reason:
             detail = f"{detail}; {here.reason}" if detail else f"{here.reason} Run: {here.install}"
         rows.append({"type": name, "state": state, "detail": detail, **dataclasses.asdict(here)})
