@@ -11,7 +11,7 @@ from exporter.metrics.measurement import Measurement
 from exporter.metrics.names import METRICS
 from exporter.metrics.place import Place
 from exporter.metrics.size import size_measurement
-from exporter.metrics.sparse import Products, sparse_measurements
+from exporter.metrics.sparse import Weighed, sparse_measurements
 from exporter.report.record import CellRecord
 from targets.base import BuildsElsewhere, Target, TargetError
 
@@ -26,13 +26,13 @@ def missing(names: Iterable[str], place: Place, why: str) -> list[Measurement]:
 
 
 def built_cell(
-    engine: Path, components: Mapping[str, Callable[[], Products]], target: Target, place: Place, base: Path
+    engine: Path, components: Mapping[str, Callable[[], Weighed]], target: Target, place: Place, base: Path
 ) -> CellRecord:
     """Return the cell of an engine that is not run.
 
     Args:
         engine: its folder.
-        components: that were compiled, each in a folder of its name -> what its graph multiplies, by node.
+        components: that were compiled, each in a folder of its name -> what its graph shows of its weights.
         target: that compiled them and does not run here.
         place: the cell.
         base: what the engine's path is told relative to.
@@ -45,12 +45,12 @@ def built_cell(
         raise ComponentFailed(f"target {place.target}: its engines do not run here: {reason}")
     found = [*missing(_RUNNING, place, f"built, not run: {reason}"), size_measurement(place, engine)]
     evidence: dict[str, Any] = {}
-    for name, products in components.items():
+    for name, weigh in components.items():
         try:
             told = target.built(engine / name)
         except TargetError as error:
             raise ComponentFailed(f"target {place.target}, {name}: {error}") from error
-        found += sparse_measurements(told, place.at(name), products)
+        found += sparse_measurements(told, place.at(name), weigh)
         found.append(size_measurement(place.at(name), engine / name))
         evidence[name] = told.to_json()
     return CellRecord(

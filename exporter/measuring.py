@@ -78,7 +78,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
                 found += _times(timing, lowered, facts, bench)
                 fed |= fed_parts(name, session, calls[0], facts.ending)
                 told_of_layers = session.evidence()
-                found += sparse_measurements(told_of_layers, place.at(name), partial(lowered.products, name))
+                found += sparse_measurements(told_of_layers, place.at(name), partial(lowered.weighed, name))
                 evidence[name] = told_of_layers.to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()

@@ -218,7 +218,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until compile")
         lowered = Lowered(engine, None, {}, exported)
         if not column.target.capabilities().runs:
-            weighed = {part: partial(lowered.products, part) for part in exported}
+            weighed = {part: partial(lowered.weighed, part) for part in exported}
             return built_cell(engine.path, weighed, column.target, Place(name, column.name), run.out)
         lowered = dataclasses.replace(lowered, quantized=quantized_of(state, exported, column, shop))
         if run.recipe.shapes is not None:

@@ -51,6 +51,7 @@ class Part(_Facts):
         guided: array (calls, prompts, ...) of dense's answers after guidance; empty where there is none.
         timed: inputs of one batch -> names of their arrays; one entry per step.
         products: node with a constant weight -> multiplications of a call; None where shapes are open.
+        taken: how many of these weights sparse kernels could take.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Part(_Facts):
     guided: str
     timed: list[dict[str, str]]
     products: dict[str, int | None]
+    taken: int
 
 
 class KitState(_Facts):

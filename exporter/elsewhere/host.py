@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,16 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 import targets
-from exporter.artifact import Artifact, digest_of, link_file, open_artifact, reusable, write_artifact, write_text
+from exporter.artifact import (
+    Artifact,
+    digest_of,
+    disk_failure,
+    link_file,
+    open_artifact,
+    reusable,
+    write_artifact,
+    write_text,
+)
 from exporter.built import IMAGES, built_cell, missing
 from exporter.compiling import compile_graphs, float_options
 from exporter.elsewhere.facts import HOST_NAME, RESULT, Kit, KitState, Part, Result, checksum_of, kit_of
 from exporter.environment import machine
-from exporter.errors import ComponentFailed, ExporterError, RecipeError, ToolMissing
+from exporter.errors import ComponentFailed, ExporterError, Interrupted, RecipeError, ToolMissing
 from exporter.metrics.fidelity import Answers, component_fidelity, guide, lowering, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import DENSE, Place
-from exporter.metrics.sparse import Products, sparse_measurements
+from exporter.metrics.sparse import Weighed, sparse_measurements
 from exporter.networks.schedule import SCHEDULE
 from exporter.report.record import CellRecord, TargetRecord
 from exporter.sessions import fitted, open_network, run_batched
@@ -89,9 +99,13 @@ def main(kit: Path, arguments: Sequence[str]) -> int:
     out = given.out or kit.parent / f"{kit.name}-{given.name}"
     try:
         result = measure_kit(kit, out, given.name)
-    except ExporterError as error:
+    except (ExporterError, OSError) as caught:
+        error = caught if isinstance(caught, ExporterError) else disk_failure(out, caught)
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. Engines that were built stay: the same command goes on.\n")
+        return Interrupted.exit_code
     failed = [cell for cell in result.cells if cell.status == "failed"]
     for cell in failed:
         sys.stderr.write(f"{cell.state}: {cell.error}\n")
@@ -144,7 +158,8 @@ def measure_kit(folder: Path, out: Path, name: str) -> Result:
     )
     whole = result.model_copy(update={"checksum": checksum_of(result)})
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RESULT, whole.model_dump_json(indent=1) + "\n")
+    text = json.dumps(whole.model_dump(mode="json"), indent=1)  # with infinities, which pydantic would write as null
+    write_text(out / RESULT, f"{text}\n")
     return whole
 
 
@@ -172,7 +187,7 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
     for part in state.parts:
         _build(host, part, part.graph, engine / part.name, host.options)
     if not host.target.capabilities().runs:
-        weighed: dict[str, Callable[[], Products]] = {part.name: part.products.copy for part in state.parts}
+        weighed = {part.name: partial(Weighed, part.products, part.taken) for part in state.parts}
         return built_cell(engine, weighed, host.target, place, host.out)
     has_dense = any(cell.state == DENSE and cell.status == "ok" for cell in before)
     dense = host.out / "engines" / DENSE if has_dense else None
@@ -191,7 +206,7 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
             if part.floats:
                 found.append(over_float(timing, _rivals(host, part)))
             told = session.evidence()
-            found += sparse_measurements(told, here, part.products.copy)
+            found += sparse_measurements(told, here, partial(Weighed, part.products, part.taken))
             evidence[part.name] = told.to_json()
             fed |= fed_parts(part.name, session, calls[0], host.ending)
     found += footprint(engine, host.facts.type, host.facts.options, place, fed)

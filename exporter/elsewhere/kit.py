@@ -35,7 +35,7 @@ from exporter.elsewhere.facts import KITS, Asked, Kit, KitState, Part
 from exporter.errors import ArtifactError, ExporterError, RecipeError
 from exporter.lowering.engine import Workshop, export_rivals, export_state
 from exporter.lowering.feeds import recorded_calls
-from exporter.lowering.sparsity_report import products_of
+from exporter.lowering.sparsity_report import weigh
 from exporter.lowering.wrappers import MAIN_OUTPUT
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.fidelity import Answers
@@ -247,6 +247,7 @@ def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making
     is_guided = isinstance(dense, Answers) and dense.raw.shape[1] > dense.guided.shape[1]
     guided = making.keep(dense.guided) if isinstance(dense, Answers) and is_guided else ""
     quantized = read_quantization(state.path / component.folder) is not None
+    weighed = weigh(onnx.path / "model.onnx")
     rivals = export_rivals(state, component, making.target, making.shop) if quantized else {}
     return Part(
         name=component.name,
@@ -260,7 +261,8 @@ def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making
         dense=making.keep(_raw(dense)),
         guided=guided,
         timed=[making.keep_all(call.feeds) for call in timed],
-        products=products_of(onnx.path / "model.onnx") if (onnx.path / "model.onnx").is_file() else {},
+        products=dict(weighed.products),
+        taken=weighed.taken,
     )
 
 

@@ -44,7 +44,7 @@ def merge(run: Path, file: Path) -> RunRecord:
     _check(run, file, result, record)
     with locked(run):
         (run / MERGED).mkdir(exist_ok=True)
-        write_text(run / MERGED / f"{result.target.name}.json", result.model_dump_json(indent=1) + "\n")
+        write_text(run / MERGED / f"{result.target.name}.json", file.read_text(encoding="utf-8"))
         whole = with_merged(record, run)
         write_reports(whole, run)
     return whole

@@ -9,7 +9,7 @@ from pathlib import Path
 from exporter.artifact import Artifact
 from exporter.compiling import float_options
 from exporter.lowering.engine import Column, Workshop, compile_part, export_rivals
-from exporter.metrics.sparse import Products
+from exporter.metrics.sparse import Weighed
 from exporter.networks.components import Component
 from exporter.states import components_of
 
@@ -43,12 +43,11 @@ class Lowered:
     quantized: Mapping[str, Quantized]
     exported: Mapping[str, Artifact]
 
-    def products(self, name: str) -> Products:
-        """Return what the nodes of a component's graph multiply; nothing where a schedule has made it several."""
-        from exporter.lowering.sparsity_report import products_of  # seconds to import
+    def weighed(self, name: str) -> Weighed:
+        """Return what the graph of a component shows of its weights."""
+        from exporter.lowering.sparsity_report import weigh  # seconds to import
 
-        graph = self.exported[name].path / "model.onnx"
-        return products_of(graph) if graph.is_file() else {}
+        return weigh(self.exported[name].path / "model.onnx")
 
 
 def quantized_of(

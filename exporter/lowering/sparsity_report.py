@@ -19,6 +19,7 @@ import torch
 
 from exporter.errors import SourceError
 from exporter.lowering.zeros import OPERATORS, weight_of
+from exporter.metrics.sparse import Weighed
 from exporter.networks.sparsity import grouped
 from targets.onnx_file import values_of
 
@@ -73,23 +74,10 @@ def sparse_weights(path: Path) -> list[SparseWeight]:
     return [_looked_at(node, *weight) for node, weight in found if weight is not None]
 
 
-def products_of(path: Path) -> dict[str, int | None]:
-    """Return what every node with a constant weight multiplies in a call, without reading weights.
-
-    Args:
-        path: an ONNX file.
-
-    Returns:
-        Node -> multiplications; None where shapes are open.
-    """
-    found: dict[str, int | None] = {}
-    for node in ir.load(path).graph:
-        weight = weight_of(node) if node.op_type in OPERATORS else None
-        if weight is not None:
-            shape = list(weight[0].shape.numpy())
-            shape.insert(1, shape.pop(weight[1]))  # outputs, inputs, and the kernel's sides
-            found[node.name or ""] = _products(node, tuple(shape))
-    return found
+def weigh(path: Path) -> Weighed:
+    """Return what a graph shows of its weights; nothing where there is no such file, since a schedule has several."""
+    found = sparse_weights(path) if path.is_file() else []
+    return Weighed({item.node: item.products for item in found}, sum(not item.reason for item in found))
 
 
 def report_text(weights: Sequence[SparseWeight]) -> str:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.cli import main
 from exporter.errors import SourceError
-from exporter.lowering.sparsity_report import product_share, products_of, report_text, sparse_weights, summary
+from exporter.lowering.sparsity_report import product_share, report_text, sparse_weights, summary, weigh
 
 DRAW = np.random.default_rng(0)
 
@@ -127,5 +127,8 @@ def test_the_command_prints_it_and_refuses_what_is_no_graph(
         sparse_weights(tmp_path / "model.onnx")
 
 
-def test_products_are_known_without_reading_weights(graph: Path) -> None:
-    assert products_of(graph) == {item.node: item.products for item in sparse_weights(graph)}
+def test_a_graph_is_weighed_by_its_products_and_by_what_could_be_taken(graph: Path, tmp_path: Path) -> None:
+    found = weigh(graph)
+    assert found.products == {item.node: item.products for item in sparse_weights(graph)}
+    assert found.taken == 4
+    assert weigh(tmp_path / "none.onnx").products == {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from exporter.metrics.place import Place
-from exporter.metrics.sparse import sparse_measurements
+from exporter.metrics.sparse import Weighed, sparse_measurements
 from targets.base import Evidence, Sparse
 
 PLACE = Place("1-pruned", "trt", "unet")
@@ -14,7 +14,7 @@ PRODUCTS = {"a": 300, "b": 100, "c": 600}
 
 def found(sparse: Sparse | None, products: dict[str, int | None] = PRODUCTS) -> dict[str, tuple[float | None, str]]:  # type: ignore[assignment]
     evidence = Evidence("TensorRT 11", "gpu", "as in the graph", (), (), sparse)
-    return {m.name: (m.value, m.note) for m in sparse_measurements(evidence, PLACE, lambda: products)}
+    return {m.name: (m.value, m.note) for m in sparse_measurements(evidence, PLACE, lambda: Weighed(products, 2))}
 
 
 def test_a_runtime_without_sparse_kernels_has_no_such_numbers() -> None:
@@ -47,3 +47,9 @@ def test_what_is_not_known_is_not_measured(
     value, note = found(sparse, products)[name]
     assert value is None
     assert why in note
+
+
+def test_the_zeros_of_the_graph_stand_beside_what_the_compiler_told() -> None:
+    for sparse in (Sparse(3, 1), Sparse(None, None)):
+        _, note = found(sparse)["sparse.eligible"]
+        assert "by its zeros and shapes 2 of the graph's 3 weights could be taken" in note.replace("By", "by")
