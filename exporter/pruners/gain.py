@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from exporter.networks.probe import example_inputs, has_probe, run_probe
@@ -28,36 +29,36 @@ def expected_gain(network: nn.Module, layers: Sequence[SparseLayer]) -> dict[str
         layers: of it, those that have their zeros.
 
     Returns:
-        JSON values: ``share`` of the multiplications ``of`` what is said there, ``wide_share`` of them in layers that
-        are wide enough that gains were seen, and ``bound``, a sentence.
+        JSON values: ``share`` of the multiplications, ``wide_share`` of those in layers so wide that gains were seen,
+        and ``bound``, a sentence on both.
     """
-    counts, of = _counted(network)
+    counts, total, of = _counted(network)
     taken = [layer for layer in layers if layer.pattern in IMPLYING]
     wide = [layer for layer in taken if min(layer.module.weight.shape[:2]) >= WIDE]
-    total = sum(counts.values())
     share, wide_share = (sum(counts[layer.path] for layer in some) / max(total, 1) for some in (taken, wide))
-    told = "Nothing: sparse kernels take 2:4 only." if layers and not taken else bound(share)
-    return {"share": round(share, 4), "wide_share": round(wide_share, 4), "of": of, "bound": told}
+    told = "Nothing: sparse kernels take 2:4 only."
+    if taken or not layers:
+        seen = f"{wide_share:.1%} with at least {WIDE} inputs and outputs, from which on gains were seen"
+        told = f"{share:.1%} of the {of}, {seen}: {bound(share)}"
+    return {"share": round(share, 4), "wide_share": round(wide_share, 4), "bound": told}
 
 
-def _counted(network: nn.Module) -> tuple[Counter[str], str]:
-    """Return multiplications with a weight by module path, and of what they are."""
+def _counted(network: nn.Module) -> tuple[Counter[str], int, str]:
+    """Return multiplications with a weight by module path, how many there are in all, and of what they are."""
     layers = {path: m for path, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    if isinstance(network, PreTrainedModel):  # every layer is called once for every token
-        weights = {path: module.weight.numel() for path, module in layers.items()}
-        return Counter(weights), "multiplications of linear layers, for any length of text"
-    if not has_probe(network):
-        return Counter(
-            {path: m.weight.numel() for path, m in layers.items()}
-        ), "weights of linear layers and convolutions"
+    if isinstance(network, PreTrainedModel) or not has_probe(network):
+        weights = Counter({path: module.weight.numel() for path, module in layers.items()})
+        return weights, weights.total(), "weights of linear layers and convolutions"
     twin = _without_memory(network)
     counts: Counter[str] = Counter()
     for path in layers:
         twin.get_submodule(path).register_forward_hook(_counting(counts, path))
     size = _own_side(network)
-    run_probe(twin, example_inputs(twin, size=size, tokens=_TOKENS))
-    place = "of any size" if type(network).__name__ == "AutoencoderKL" else f"of a latent of {size} x {size}"
-    return counts, f"multiplications of linear layers and convolutions in one call {place}"
+    feeds = example_inputs(twin, size=size, tokens=_TOKENS)
+    with FlopCounterMode(display=False) as counter:
+        run_probe(twin, feeds)
+    total = counter.get_total_flops() // 2  # a multiplication and an addition
+    return counts, total, f"multiplications of one call with a latent of {size} x {size}, those of attention among them"
 
 
 def _without_memory(network: nn.Module) -> nn.Module:
@@ -71,10 +72,12 @@ def _without_memory(network: nn.Module) -> nn.Module:
 
 
 def _own_side(network: Any) -> int:
+    """Return the side of the latent that a network was made for."""
     side = network.config.get("sample_size")
-    if type(network).__name__ == "AutoencoderKL" or not isinstance(side, int):
-        return 8 if type(network).__name__ == "AutoencoderKL" else _SIDE
-    return side
+    if not isinstance(side, int):
+        return _SIDE
+    scale = 2 ** (len(network.config.block_out_channels) - 1) if type(network).__name__ == "AutoencoderKL" else 1
+    return side // scale  # an autoencoder's is of its images
 
 
 def _counting(counts: Counter[str], path: str) -> Callable[..., None]:

@@ -18,6 +18,8 @@ PASSES = 16
 """Most passes over all channels."""
 TOGETHER = 256
 """Most channels of a class that are compared with one another in a pass; the next pass compares others."""
+_FEWEST = 0.02
+"""Swaps of a pass, as a share of the groups, below which the search ends."""
 _LEAST = 1e-5
 """Smallest gain of a swap, as a share of what a group keeps: below it are rounding errors of float32."""
 
@@ -51,17 +53,15 @@ def best_order(scores: Tensor, pattern: tuple[int, int], classes: Tensor) -> Ten
     Returns:
         (channels,) int64: which channel comes to each place.
     """
-    order = torch.arange(len(scores))
-    least = _LEAST * kept_by(scores, pattern) / (len(scores) // pattern[1])
-    idle = 0
+    order, m, idle = torch.arange(len(scores)), pattern[1], 0
+    least = _LEAST * kept_by(scores, pattern) / (len(scores) // m)
     for number in range(PASSES):
-        parts = _parts(classes, number)
-        swaps = _swaps(scores[order], pattern, parts, least)
-        idle = 0 if len(swaps) else idle + 1
-        if idle == min(2, len(parts)):
-            break
+        swaps = _swaps(scores[order], pattern, _parts(classes, number), least)
         first, second = swaps.unbind(dim=1)
         order[first], order[second] = order[second], order[first]
+        idle = idle + 1 if len(swaps) < _FEWEST * len(scores) / m else 0
+        if idle == (2 if classes.shape[1] > TOGETHER else 1):
+            break
     gained = kept_by(scores[order], pattern) > kept_by(scores, pattern)
     return order if gained else torch.arange(len(scores))
 
