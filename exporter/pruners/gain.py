@@ -29,8 +29,8 @@ def expected_gain(network: nn.Module, layers: Sequence[SparseLayer]) -> dict[str
         layers: of it, those that have their zeros.
 
     Returns:
-        JSON values: ``share`` of the multiplications, ``wide_share`` of those in layers so wide that gains were seen,
-        and ``bound``, a sentence on both.
+        JSON values: ``share`` of all multiplications, those of attention included; ``wide_share``, of those in layers
+        so wide that gains were seen; ``bound``, a sentence on both. Text encoders count weights instead.
     """
     counts, total, of = _counted(network)
     taken = [layer for layer in layers if layer.pattern in IMPLYING]
@@ -38,8 +38,8 @@ def expected_gain(network: nn.Module, layers: Sequence[SparseLayer]) -> dict[str
     share, wide_share = (sum(counts[layer.path] for layer in some) / max(total, 1) for some in (taken, wide))
     told = "Nothing: sparse kernels take 2:4 only."
     if taken or not layers:
-        seen = f"{wide_share:.1%} with at least {WIDE} inputs and outputs, from which on gains were seen"
-        told = f"{share:.1%} of the {of}, {seen}: {bound(share)}"
+        seen = f"{wide_share:.1%} in layers of {WIDE} inputs and outputs or more, where gains were seen"
+        told = f"{share:.1%} of the {of}; {seen}. {bound(share)}"
     return {"share": round(share, 4), "wide_share": round(wide_share, 4), "bound": told}
 
 
@@ -58,7 +58,7 @@ def _counted(network: nn.Module) -> tuple[Counter[str], int, str]:
     with FlopCounterMode(display=False) as counter:
         run_probe(twin, feeds)
     total = counter.get_total_flops() // 2  # a multiplication and an addition
-    return counts, total, f"multiplications of one call with a latent of {size} x {size}, those of attention among them"
+    return counts, total, f"multiplications of one call with a latent of {size} x {size}"
 
 
 def _without_memory(network: nn.Module) -> nn.Module:

@@ -133,7 +133,7 @@ def test_a_gain_is_a_bound_on_what_torch_counts(dense):
     assert 0.5 < told["share"] < 1
     assert f"{1 / (1 - told['share'] / 2):.2f} times as fast at the very most" in told["bound"]
     assert told["wide_share"] == 0
-    assert "0.0% with at least 256 inputs and outputs" in told["bound"]
+    assert "0.0% in layers of 256 inputs and outputs or more" in told["bound"]
     assert expected_gain(dense, sparse_layers(dense, "unstructured", 0.5).layers)["share"] == 0
 
 
