@@ -70,10 +70,11 @@ class SparseOptions(DataOptions):
         least: fewest inputs and outputs of a layer that gets n:m; narrower ones stay dense. The default is what one
             sparse instruction takes, so that a kernel exists. Those that win are wider: TensorRT's maintainers saw
             gains from 256 on (issues 4065 and 3849 of NVIDIA/TensorRT). Write 256 where only speed there counts.
-        permute: reorder the inputs of layers before n:m is put, so that more magnitude stays, wherever the layers that
-            make and read them can be reordered alike: feed-forward neurons, values of a head, channels of a norm's
-            group inside of a resnet. The dense network answers as before. Off by default: it takes minutes for a large
-            network, and other weights stay than without.
+        permute: reorder the inputs of layers before n:m is put, so that more stays (here of magnitude times the norm
+            of what it is multiplied with), wherever the layers that make and read them can be reordered alike:
+            feed-forward neurons, values of a head, channels of a norm's group inside of a resnet. The dense network
+            answers as before. Off by default: it takes minutes for a large network, and other weights stay than
+            without.
     """
 
     pattern: str = "2:4"
