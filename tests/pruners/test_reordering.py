@@ -197,6 +197,16 @@ def test_wide_layers_are_searched_a_part_at_a_time(monkeypatch):
     assert kept_by(scores[best_order(scores, (2, 4), torch.arange(64)[None])], (2, 4)) == pytest.approx(2 * 32)
 
 
+def test_an_order_that_only_the_rows_looked_at_favour_is_not_taken(monkeypatch):
+    """Rows that are not looked at, a thousand times as large, keep all in the given order and less in the other."""
+    monkeypatch.setattr(permutation, "ROWS", 2)
+    scores = torch.zeros(8, 5)
+    scores[:4, [0, 4]] = 1.0
+    scores[2:6, 1:4] = 1000.0
+    order = best_order(scores, (2, 4), torch.arange(8)[None])
+    assert kept_by(scores[order], (2, 4)) >= kept_by(scores, (2, 4)) == 2 * 2 + 3 * 4000
+
+
 def prune(name, network, context, **options):
     method = pruner(name)
     return method(method.options(**options)).prune(network, context)
