@@ -20,14 +20,11 @@ import torch
 from exporter.errors import SourceError
 from exporter.lowering.zeros import OPERATORS, weight_of
 from exporter.metrics.sparse import Weighed
+from exporter.networks.sparse_kernels import PATTERN, bound, unfit
 from exporter.networks.sparsity import grouped
 from targets.onnx_file import values_of
 
-PATTERN = (2, 4)
-_DEPTH = {1: 64, 2: 32, 4: 16}
-"""Bytes of a number -> inputs that one sparse instruction takes (PTX, mma.sp: m16n8k64, m16n8k32, m16n8k16)."""
-_ROWS = 16
-"""Outputs that it takes."""
+_WRONG_AXIS = "two in four along the outputs, not along the inputs"
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,7 @@ def summary(weights: Sequence[SparseWeight]) -> list[str]:
     share = product_share(weights)
     if share is None:
         return [*lines, "Shapes are open, so what they multiply is not known."]
-    bound = 1 / (1 - share / 2)
-    lines.append(
-        f"These do {share:.1%} of the multiplications with constant weights: {bound:.2f} times as fast at the very "
-        "most, if sparse units multiplied twice as fast and nothing else took time. Measure it on the device."
-    )
-    return lines
+    return [*lines, f"These do {share:.1%} of the multiplications with constant weights: {bound(share)}"]
 
 
 def product_share(weights: Sequence[SparseWeight]) -> float | None:
@@ -120,7 +112,9 @@ def _looked_at(node: ir.Node, tensor: Any, axis: int) -> SparseWeight:
     shape = tuple(values.shape)
     dtype = tensor.dtype
     broken = _broken(values)
+    turned = broken != 0 and _broken(values.transpose(0, 1)) == 0
     groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+    reason = _reason(shape, broken, groups, int(dtype.itemsize))
     return SparseWeight(
         node=node.name or "",
         operator=node.op_type,
@@ -129,7 +123,7 @@ def _looked_at(node: ir.Node, tensor: Any, axis: int) -> SparseWeight:
         dtype=dtype.name,
         zeros=1 - float(values.double().mean()),
         pattern=broken == 0,
-        reason=_reason(shape, broken, groups, int(dtype.itemsize)),
+        reason=f"{_WRONG_AXIS}: {reason}" if turned else reason,
         products=_products(node, shape),
     )
 
@@ -146,14 +140,9 @@ def _reason(shape: tuple[int, ...], broken: int | None, groups: int, size: int) 
     outputs, inputs = shape[:2]
     if groups > 1:
         return f"a convolution of {groups} groups"
-    if broken is None:
-        return f"{inputs} inputs are no multiple of {PATTERN[1]}"
-    if broken:
-        return f"{broken} of {math.prod(shape) // PATTERN[1]} groups of four have more than two numbers"
-    least = _DEPTH.get(size, _DEPTH[2])
-    if inputs < least or outputs < _ROWS:
-        return f"smaller than the {least} inputs and {_ROWS} outputs of one sparse instruction"
-    return ""
+    if told := unfit(inputs, outputs, size=size):
+        return told
+    return f"{broken} of {math.prod(shape) // PATTERN[1]} groups of four have more than two numbers" if broken else ""
 
 
 def _products(node: ir.Node, shape: tuple[int, ...]) -> int | None:

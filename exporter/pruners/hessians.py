@@ -44,6 +44,13 @@ class HessianOptions(SparseOptions):
         protect: module path patterns that stay dense, all below a match included.
         keep_dense: how many of the most sensitive layers stay dense: those that, masked alone by magnitude, move the
             guided answer most.
+        least: fewest inputs and outputs of a layer that gets n:m; narrower ones stay dense. The default is what one
+            sparse instruction takes, so that a kernel exists. Those that win are wider: TensorRT's maintainers saw
+            gains from 256 on (issues 4065 and 3849 of NVIDIA/TensorRT). Write 256 where only speed there counts.
+        permute: reorder the inputs of layers before n:m is put, so that more magnitude stays, wherever the layers that
+            make and read them can be reordered alike: feed-forward neurons, values of a head, channels of a norm's
+            group inside of a resnet. The dense network answers as before. Off by default: it takes minutes for a large
+            network, and other weights stay than without.
         groups: layers are done in so many groups, in the order in which they are called; each is shown what comes
             through the groups before it with their zeros.
         damping: added to the diagonal of a Hessian, as a fraction of its mean.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exporter.artifact import digest_of
 from exporter.networks.sparsity import pattern_mask
 from exporter.progress import task
-from exporter.pruners.activations import called
+from exporter.pruners.activations import as_weight, called, column_norms
 from exporter.pruners.answers import Exam
-from exporter.pruners.base import Context
+from exporter.pruners.base import Context, Outcome
+from exporter.pruners.gain import expected_gain
 from exporter.pruners.patterns import SparseOptions
+from exporter.pruners.reordering import reorder
 from exporter.pruners.sparse import Found, SparseLayer, sparse_layers
 from exporter.tuning.checkpoint import digest_of_tensors, read, write
 
@@ -37,18 +41,20 @@ class Start:
     facts: dict[str, Any]
 
 
-def start(network: nn.Module, options: SparseOptions, context: Context) -> Start:
-    """Find the layers, record the dense pipeline, and leave the most sensitive layers dense.
+def start(network: nn.Module, options: SparseOptions, context: Context, *, by_inputs: bool = False) -> Start:
+    """Find the layers, record the dense pipeline, leave the most sensitive layers dense, and reorder the others.
 
     Args:
         network: the denoiser of a state, float32.
         options: the recipe's keys.
         context: what the run lends.
+        by_inputs: where channels are reordered, so that most of weights times the norms of their inputs stays; by
+            default of weights alone.
 
     Raises:
         RecipeError: no layer can be masked, all of them shall stay dense, or there are no prompts.
     """
-    found = sparse_layers(network, options.pattern, options.keep_ratio, options.protect)
+    found = sparse_layers(network, options.pattern, options.keep_ratio, options.protect, options.least)
     if not found.layers:
         return Start(found, None, {})
     loan = context.borrowed
@@ -57,13 +63,36 @@ def start(network: nn.Module, options: SparseOptions, context: Context) -> Start
     reached = called(network, found.layers, exam, progress=context.progress)
     idle = {layer.path: "never called" for layer in found.layers if layer not in reached}
     found = Found(tuple(reached), {**found.skipped, **idle})
-    if not options.keep_dense:
-        return Start(found, exam, {})
-    few = Exam.of(recording, loan.form, batch=loan.batch, steps=_STEPS)
-    measured = _sensitivities(network, found, few, context)
-    most = sorted(measured, key=lambda path: -measured[path])[: options.keep_dense]
-    told = {path: float(f"{value:.6g}") for path, value in measured.items()}
-    return Start(found.without(most), exam, {"sensitivity": told})
+    facts: dict[str, Any] = {}
+    if options.keep_dense:
+        few = Exam.of(recording, loan.form, batch=loan.batch, steps=_STEPS)
+        measured = _sensitivities(network, found, few, context)
+        most = sorted(measured, key=lambda path: -measured[path])[: options.keep_dense]
+        facts["sensitivity"] = {path: float(f"{value:.6g}") for path, value in measured.items()}
+        found = found.without(most)
+    if options.permute and found.layers:
+        norms = input_norms(network, found.layers, exam, context) if by_inputs else {}
+        key = "kept_magnitude_times_input" if by_inputs else "kept_magnitude"
+        scores = partial(scores_of, norms=norms)
+        facts[key] = reorder(network, found.layers, scores, options.protect, progress=context.progress)
+    return Start(found, exam, facts)
+
+
+def input_norms(network: nn.Module, layers: Sequence[SparseLayer], exam: Exam, context: Context) -> dict[str, Tensor]:
+    """Return, by weight, the L2 norm of what each of its numbers is multiplied with, shaped to weigh the weight."""
+    norms = column_norms(network, layers, exam, progress=context.progress)
+    return {layer.name: as_weight(norms[layer.path][None], layer.module.weight[:1].shape) for layer in layers}
+
+
+def scores_of(layer: SparseLayer, norms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sizes of a layer's weights, times the norms of their inputs where there are any."""
+    size = layer.module.weight.detach().abs()
+    return size * norms[layer.name] if layer.name in norms else size
+
+
+def outcome(network: nn.Module, begun: Start, **facts: Any) -> Outcome:
+    """Return what a method tells when the layers have their zeros."""
+    return begun.found.outcome(**begun.facts, **facts, expected=expected_gain(network, begun.found.layers))
 
 
 @torch.no_grad()

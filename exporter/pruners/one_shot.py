@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,19 +28,35 @@ def prune_by(importance: Importance, network: nn.Module, options: CutOptions, *,
     return Outcome()
 
 
-def mask_weights(network: nn.Module, options: MaskOptions, score: Callable[[Tensor], Tensor]) -> Outcome:
+def mask_weights(
+    network: nn.Module,
+    options: MaskOptions,
+    score: Callable[[Tensor], Tensor],
+    *,
+    progress: Progress,
+    permute: bool = False,
+) -> Outcome:
     """Put zeros into the lowest-scored weights of every layer of a network, in place.
 
     Args:
         network: any that can be cut.
         options: the recipe's keys, with ``cut: weights``.
         score: a weight -> scores of its shape, larger is kept.
+        progress: where long work reports to.
+        permute: reorder channels first, so that more of the scores, which are then at least 0, stays.
 
     Raises:
         RecipeError: no layer can have these zeros.
     """
-    from exporter.pruners.sparse import mask_by, sparse_layers  # diffusers takes seconds to import
+    from exporter.pruners.gain import expected_gain  # diffusers takes seconds to import
+    from exporter.pruners.reordering import reorder
+    from exporter.pruners.sparse import mask_by, sparse_layers
 
-    found = sparse_layers(network, options.pattern, options.keep_ratio, options.protect)
+    found = sparse_layers(network, options.pattern, options.keep_ratio, options.protect, options.least)
+    facts: dict[str, Any] = {}
+    if permute and found.layers:
+        facts["kept_magnitude"] = reorder(
+            network, found.layers, lambda layer: score(layer.module.weight.detach()), options.protect, progress=progress
+        )
     mask_by(found, lambda layer: score(layer.module.weight.detach()))
-    return found.outcome()
+    return found.outcome(**facts, expected=expected_gain(network, found.layers))

@@ -36,7 +36,7 @@ class Random:
         """
         draw = _Draw(context.generator)
         if self._options.cut == "weights":
-            return mask_weights(network, self._options, draw.of_weights)
+            return mask_weights(network, self._options, draw.of_weights, progress=context.progress)
         return prune_by(draw, network, self._options, progress=context.progress)
 
 

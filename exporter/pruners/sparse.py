@@ -1,7 +1,8 @@
 """Cutting weights: zeros in unchanged shapes, which layers may have them, and what is claimed of those that do.
 
 Zeros make a network faster only where a compiler looks for them, so a pattern n:m lies along the axis that it looks at
-(see `exporter.networks.sparsity`), and layers whose widths its kernels do not take are left dense.
+(see `exporter.networks.sparsity`), and layers whose widths its kernels do not take, or that are narrower than the
+recipe asks for, are left dense.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from exporter.errors import ComponentFailed, RecipeError
+from exporter.networks.sparse_kernels import LEAST, unfit
 from exporter.networks.sparsity import MAX_GROUP, Pattern, pattern_mask, stated, sums_over
 from exporter.pruners.base import Outcome
 from exporter.pruners.patterns import UNSTRUCTURED, pattern_from
 from exporter.pruners.protect import check_patterns, is_protected
-
-INPUTS_IN, OUTPUTS_IN = 16, 8
-"""Sparse kernels take inputs and outputs in multiples of these (the rule of NVIDIA's ASP and ModelOpt)."""
 
 _ENDS = ("conv_in", "conv_out", "norm_out", "pos_embed", "quant_conv", "post_quant_conv", "x_embedder")
 """Modules that take the input in or make the answer, wherever they are."""
@@ -107,17 +106,20 @@ def _claim(layer: SparseLayer) -> Pattern:
     return max(1, int(torch.count_nonzero(layer.module.weight))), layer.module.weight.numel()
 
 
-def sparse_layers(network: nn.Module, text: str, keep_ratio: float | None, protect: tuple[str, ...] = ()) -> Found:
+def sparse_layers(
+    network: nn.Module, text: str, keep_ratio: float | None, protect: tuple[str, ...] = (), least: int = LEAST
+) -> Found:
     """Return which layers of a network can be masked, and why the others cannot.
 
     Left out are the layers that take the input in, embed time and text, or make the answer; and for n:m those whose
-    widths sparse kernels do not take.
+    widths sparse kernels do not take, or that have fewer inputs or outputs than asked for.
 
     Args:
         network: of an AutoencoderKL the decoder alone is looked at.
         text: the recipe's ``pattern``.
         keep_ratio: the recipe's.
         protect: the recipe's.
+        least: the recipe's; for n:m.
 
     Raises:
         RecipeError: no layer can be masked, a ratio that would empty one, or a pattern of `protect` matches nothing.
@@ -126,13 +128,15 @@ def sparse_layers(network: nn.Module, text: str, keep_ratio: float | None, prote
     pattern = pattern_from(text, keep_ratio)
     if keep_ratio == 1.0:
         return Found((), {})
-    layers, skipped, seen = [], {}, set[int]()
+    layers, skipped, seen, widest = [], {}, set[int](), 0
     for path, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         if isinstance(network, AutoencoderKL) and not path.startswith(("decoder.", "post_quant_conv")):
             continue
         reason = _reason(path, module, pattern, protect)
+        if not reason and pattern is not None and (side := min(module.weight.shape[:2])) < least:
+            reason, widest = f"{side} inputs or outputs, fewer than the {least} asked for", max(widest, side)
         if module.weight.data_ptr() in seen:
             reason = "shares its weight with another layer"
         seen.add(module.weight.data_ptr())
@@ -141,9 +145,16 @@ def sparse_layers(network: nn.Module, text: str, keep_ratio: float | None, prote
         else:
             layers.append(SparseLayer(path, module, pattern or _whole(path, module.weight, float(keep_ratio or 1))))
     if not layers:
-        got = f"prune.pattern: no layer of {type(network).__name__} can be {text} sparse; expected at least one."
-        raise RecipeError(f"{got} Write pattern: {UNSTRUCTURED}, or shorten protect.")
+        raise RecipeError(_none_left(type(network).__name__, text, least, widest))
     return Found(tuple(layers), skipped)
+
+
+def _none_left(network: str, text: str, least: int, widest: int) -> str:
+    if not widest:
+        got = f"prune.pattern: no layer of {network} can be {text} sparse; expected at least one."
+        return f"{got} Write pattern: {UNSTRUCTURED}, or shorten protect."
+    got = f"prune.least: no layer of {network} can be {text} sparse; got least: {least}, expected at most {widest}, "
+    return f"{got}the widest layer's. Write least: {widest}, and measure whether layers so small win."
 
 
 def _whole(path: str, weight: Tensor, keep_ratio: float) -> Pattern:
@@ -168,10 +179,7 @@ def _reason(path: str, module: nn.Linear | nn.Conv2d, pattern: Pattern | None, p
         return "a convolution of several groups"
     if pattern is None:
         return f"{module.weight.numel()} weights, too few" if module.weight.numel() <= MAX_GROUP else ""
-    multiple = INPUTS_IN if INPUTS_IN % pattern[1] == 0 else pattern[1]
-    if inputs % multiple:
-        return f"{inputs} inputs, no multiple of {multiple} as sparse kernels need"
-    return f"{outputs} outputs, no multiple of {OUTPUTS_IN} as sparse kernels need" if outputs % OUTPUTS_IN else ""
+    return unfit(inputs, outputs, group=pattern[1])
 
 
 @torch.no_grad()

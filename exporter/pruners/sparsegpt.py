@@ -17,7 +17,7 @@ from torch import nn
 
 from exporter.pruners.base import Context, Outcome
 from exporter.pruners.hessians import HessianOptions, remove_by_hessian
-from exporter.pruners.informed import start
+from exporter.pruners.informed import outcome, start
 
 
 class SparseGPT:
@@ -43,4 +43,4 @@ class SparseGPT:
         if begun.exam is None:
             return begun.found.outcome()
         facts = remove_by_hessian(network, begun.found.layers, begun.exam, self._options, context)
-        return begun.found.outcome(**begun.facts, **facts)
+        return outcome(network, begun, **facts)

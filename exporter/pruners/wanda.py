@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from exporter.networks.sparsity import pattern_mask
 from exporter.pruners.activations import as_matrix, as_weight, column_norms
 from exporter.pruners.base import Context, Outcome
-from exporter.pruners.informed import start
+from exporter.pruners.informed import outcome, start
 from exporter.pruners.patterns import SparseOptions
 from exporter.pruners.sparse import SparseLayer
 
@@ -45,13 +45,13 @@ class Wanda:
             RecipeError: no layer can have these zeros, or there are no prompts.
             ComponentFailed: inputs that are not finite.
         """
-        begun = start(network, self._options, context)
+        begun = start(network, self._options, context, by_inputs=True)
         if begun.exam is None:
             return begun.found.outcome()
         norms = column_norms(network, begun.found.layers, begun.exam, progress=context.progress)
         for layer in begun.found.layers:
             layer.module.weight.mul_(wanda_mask(layer, norms))
-        return begun.found.outcome(**begun.facts)
+        return outcome(network, begun)
 
 
 def wanda_mask(layer: SparseLayer, norms: Mapping[str, Tensor]) -> Tensor:

@@ -79,10 +79,14 @@ def test_the_pattern_is_looked_for_along_the_inputs_and_refusals_say_why(graph: 
     assert {name for name, item in found.items() if item.pattern} == {
         "right", "grouped", "odd", "small", "columns", "rows", "turned"
     }  # fmt: skip
-    assert {name for name, item in found.items() if not item.reason} == {"right", "odd", "rows", "turned"}
-    assert found["wrong_axis"].reason == "4608 of 9216 groups of four have more than two numbers"
+    assert {name for name, item in found.items() if not item.reason} == {"right", "rows", "turned"}
+    assert found["dense"].reason == "9216 of 9216 groups of four have more than two numbers"
+    assert found["wrong_axis"].reason == (
+        "two in four along the outputs, not along the inputs: 4608 of 9216 groups of four have more than two numbers"
+    )
     assert found["grouped"].reason == "a convolution of 4 groups"
-    assert found["six"].reason == "62 inputs are no multiple of 4"
+    assert found["six"].reason == "62 inputs, no multiple of 16 as sparse kernels need"
+    assert found["odd"].reason == "62 outputs, no multiple of 8 as sparse kernels need"
     assert found["small"].reason == "smaller than the 16 inputs and 16 outputs of one sparse instruction"
     assert found["columns"].shape == (64, 8)
     assert found["turned"].shape == (32, 64)
@@ -107,9 +111,9 @@ def test_the_gain_is_a_bound_with_its_basis(graph: Path) -> None:
     share = taken / sum(item.products or 0 for item in weights)
     assert product_share(weights) == pytest.approx(share)
     first, second = summary(weights)
-    assert first == "7 of 10 weights are 2:4; sparse kernels could take 4."
+    assert first == "7 of 10 weights are 2:4; sparse kernels could take 3."
     assert f"{1 / (1 - share / 2):.2f} times as fast at the very most" in second
-    assert "wrong_axis/Conv: 4608 of 9216" in report_text(weights)
+    assert "wrong_axis/Conv: two in four along the outputs" in report_text(weights)
 
 
 def test_the_command_prints_it_and_refuses_what_is_no_graph(

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.errors import ComponentFailed, RecipeError
+from exporter.networks.probe import example_inputs, run_probe
 from exporter.networks.sparsity import broken, pattern_mask
 from exporter.networks.storage import load_network
 from exporter.progress import Silent
@@ -18,6 +20,7 @@ from exporter.pruners import hessians, pruner
 from exporter.pruners.activations import column_norms
 from exporter.pruners.answers import Exam
 from exporter.pruners.base import Context
+from exporter.pruners.gain import expected_gain
 from exporter.pruners.informed import start
 from exporter.pruners.obs_diff import log_decrease
 from exporter.pruners.patterns import SparseOptions, pattern_from
@@ -94,6 +97,75 @@ def test_a_ratio_that_empties_a_layer_is_refused(unet):
 def test_a_network_without_such_layers_is_refused():
     with pytest.raises(RecipeError, match=r"no layer of Sequential can be 2:4 sparse; .* Write pattern: unstructured"):
         sparse_layers(nn.Sequential(nn.Linear(6, 6)), "2:4", None)
+
+
+def test_layers_that_no_sparse_instruction_fills_stay_dense():
+    assert "smaller than the 16 inputs and 16 outputs" in skips(nn.Linear(64, 8))
+    assert skips(nn.Linear(16, 64)) == skips(nn.Linear(64, 16)) == ""
+
+
+def skips(layer):
+    return sparse_layers(nn.Sequential(nn.Linear(32, 32), layer), "2:4", None).skipped.get("1", "")
+
+
+def test_layers_narrower_than_asked_for_stay_dense_and_the_error_says_how_wide_they_are(unet):
+    found = sparse_layers(unet, "2:4", None, least=64)
+    assert all(min(layer.module.weight.shape[:2]) >= 64 for layer in found.layers)
+    assert found.skipped["down_blocks.0.resnets.0.conv1"] == "32 inputs or outputs, fewer than the 64 asked for"
+    fits = [layer.path for layer in sparse_layers(unet, "2:4", None).layers]
+    assert {layer.path for layer in found.layers} == {
+        path for path in fits if min(unet.get_submodule(path).weight.shape[:2]) >= 64
+    }
+    with pytest.raises(
+        RecipeError, match=r"prune\.least: no layer of UNet.* got least: 256, expected at most 64, .*: 64"
+    ):
+        sparse_layers(unet, "2:4", None, least=256)
+    every = sparse_layers(unet, "unstructured", 0.5, least=256)
+    assert every.layers == sparse_layers(unet, "unstructured", 0.5).layers
+
+
+def test_a_gain_is_a_bound_on_what_torch_counts(dense):
+    """torch's own counter says what a call multiplies; without what is masked that shrinks by the share told."""
+    found = sparse_layers(dense, "2:4", None)
+    told = expected_gain(dense, found.layers)
+    whole, rest = multiplications(dense), multiplications(without(dense, found.layers))
+    assert told["share"] == pytest.approx(1 - rest / whole, abs=1e-4)
+    assert 0.5 < told["share"] < 1
+    assert f"{1 / (1 - told['share'] / 2):.2f} times as fast at the very most" in told["bound"]
+    assert told["wide_share"] == 0
+    assert "0.0% in layers of 256 inputs and outputs or more" in told["bound"]
+    assert expected_gain(dense, sparse_layers(dense, "unstructured", 0.5).layers)["share"] == 0
+
+
+def multiplications(network):
+    network = nn.Module.to(copy.deepcopy(network), "meta")  # of attention on a CPU the counter knows nothing
+    feeds = example_inputs(network, size=network.config.sample_size, tokens=77)
+    with FlopCounterMode(display=False) as counter:
+        run_probe(network, feeds)
+    return counter.get_total_flops()
+
+
+def without(network, layers):
+    """Return a copy in which these layers answer zeros of the right shape, and multiply nothing."""
+    copied = copy.deepcopy(network)
+    for layer in layers:
+        parent, _, name = layer.path.rpartition(".")
+        copied.get_submodule(parent).register_module(name, Silence(layer.module))
+    return copied
+
+
+class Silence(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = [layer]  # no module of this one
+        self.weight = layer.weight
+
+    def forward(self, given):
+        layer = self.layer[0]
+        if isinstance(layer, nn.Linear):
+            return given.new_zeros(*given.shape[:-1], layer.out_features)
+        sides = [-(-side // stride) for side, stride in zip(given.shape[2:], layer.stride, strict=True)]
+        return given.new_zeros(len(given), layer.out_channels, *sides)
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"pattern": "unstructured", "keep_ratio": 0.3}], ids=str)
@@ -249,6 +321,7 @@ def test_training_goes_on_after_a_stop_with_the_same_weights(unet, dense, lent, 
         ("groups", 0),
         ("keep_dense", -1),
         ("images", 0),
+        ("least", 8),
     ],
 )
 def test_options_out_of_range_are_refused(key, value):

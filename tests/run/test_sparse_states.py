@@ -80,6 +80,18 @@ def test_a_recommended_order_ends_with_every_claim(made):
     assert not any(broken(network.get_parameter(name).detach(), pattern) for name, pattern in claims.items())
 
 
+def test_channels_in_another_order_are_no_edit_and_stay_where_zeros_are_already(made):
+    permuted = {"prune": {**SPARSE["prune"], "permute": True}}
+    dense, once, twice = made(permuted, permuted)
+    told = [state.manifest.facts["facts"] for state in (once, twice)]
+    assert told[0]["kept_magnitude"]["permuted"] > told[0]["kept_magnitude"]["plain"]
+    assert told[1]["kept_magnitude"] == {"plain": 1.0, "permuted": 1.0, "layers": {}}
+    assert not any(told[0][name] for name in ("lists_shortened", "modules_replaced", "modules_resized"))
+    before, first, second = (loaded(state).state_dict() for state in (dense, once, twice))
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in first.items()}
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_a_later_cut_says_whose_claims_it_broke(made):
     channels = {"prune": {"method": "random", "keep_ratio": 0.6, "round_to": 1}}
     _, sparse, last = made(SPARSE, channels)
