@@ -174,6 +174,14 @@ def open_artifact(path: Path, *, memo: FileMemo | None = None, kind: Kind | None
     return Artifact(path, manifest)
 
 
+def kind_of(path: Path) -> Kind | None:
+    """Return what sort of artifact a folder holds by its manifest, whose files are not looked at; None where none."""
+    try:
+        return _read_manifest(path).kind
+    except ArtifactError:
+        return None
+
+
 def reusable(path: Path, key: str, memo: FileMemo | None = None) -> Artifact | None:
     """Return the artifact at `path` when it has this key and is intact, else None."""
     if not path.is_dir():

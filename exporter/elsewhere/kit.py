@@ -23,6 +23,7 @@ from exporter.answering import dense_reference, own_answers
 from exporter.artifact import (
     Artifact,
     digest_of,
+    kind_of,
     link_file,
     link_tree,
     locked,
@@ -148,7 +149,7 @@ def write_kit(run: Path, name: str, out: Path, progress: Progress, states: tuple
     if wrong or DENSE not in known:
         got = wrong[0] if wrong else f"no {DENSE}"
         raise RecipeError(f"--states: got '{got}', expected {one_of(known)}.{hint(got, known)} Run the recipe first.")
-    if out.exists() and not (out / "manifest.json").is_file():
+    if out.exists() and kind_of(out) != "kit":
         raise ArtifactError(f"{out}: exists and is no kit; expected a new folder, or a kit to replace. Give another.")
     with locked(run):
         memo = FileMemo.load(run)

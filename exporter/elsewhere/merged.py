@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -86,14 +87,20 @@ def with_merged(record: RunRecord, out: Path) -> RunRecord:
     digests = {state.id: state.digest for state in here.states}
     results, notes = [], []
     for file in sorted((out / MERGED).glob("*.json")):
-        result = read_result(file)
+        try:
+            result = read_result(file)
+        except ArtifactError as error:
+            notes.append(f"left out: {error}")
+            continue
         if all(digests.get(name) == digest for name, digest in result.states.items()):
             results.append(result)
         else:
             notes.append(f"{result.target.name}: left out: what was measured there were other states than these")
     if not results:
         return here.model_copy(update={"notes": [*here.notes, *notes]})
-    cells = [cell for result in results for cell in result.cells]
+    # Whatever a file says: images and engines of another host are not in this folder.
+    bare: dict[str, Any] = {"images": [], "engine": None}
+    cells = [cell.model_copy(update=bare) for result in results for cell in result.cells]
     told = [gate for gate in here.gates if not _is_answered(gate, here, cells)]
     whole = here.model_copy(
         update={

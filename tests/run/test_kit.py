@@ -20,10 +20,10 @@ from exporter.artifact import open_artifact, write_artifact
 from exporter.elsewhere.facts import Result, checksum_of
 from exporter.elsewhere.host import measure_kit
 from exporter.elsewhere.kit import requirements, write_kit
-from exporter.elsewhere.merged import merge, read_result
+from exporter.elsewhere.merged import merge, read_result, with_merged
 from exporter.errors import ArtifactError, RecipeError
 from exporter.progress import Silent
-from exporter.report.record import CellRecord, RunRecord
+from exporter.report.record import CellRecord, ImageRecord, RunRecord
 from exporter.report.writing import read_record, write_record
 from exporter.run import run_recipe
 
@@ -223,6 +223,21 @@ def test_results_of_other_states_other_columns_and_damaged_ones_are_refused(
     assert not (run / "merged").exists()
 
 
+def test_what_a_result_says_of_files_is_not_believed_and_a_damaged_one_stops_no_run(
+    taken: tuple[Path, Path, Path], run: Path, tmp_path: Path
+) -> None:
+    found = Result.model_validate_json(taken[2].read_text())
+    image = ImageRecord(prompt="a", seed=0, path="/etc/passwd", reference="/etc/passwd")
+    cells = [cell.model_copy(update={"engine": "../..", "images": [image]}) for cell in found.cells]
+    whole = merge(run, changed(taken[2], tmp_path, cells=cells))
+    assert [(cell.images, cell.engine) for cell in whole.cells if cell.target == COLUMN] == [([], None)] * 2
+    (run / "merged" / f"{COLUMN}.json").write_text("{}")
+    left = with_merged(read_record(run), run)
+    assert not [cell for cell in left.cells if cell.target == COLUMN]
+    assert any("not a result of this version" in note for note in left.notes)
+    assert left.exit_code == read_record(taken[0]).exit_code == 3
+
+
 def test_a_host_without_the_runtime_or_with_a_wrong_name_is_told_so(
     taken: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -288,12 +303,13 @@ def test_what_is_not_here_is_asked_for_by_our_own_bounds() -> None:
         (("--target", "openvno"), "--target: got 'openvno', expected ov."),
         (("--target", "ov", "--states", "7-none"), "--states: got '7-none', expected 0-dense | 1-quantized."),
         (("--target", "ov", "--out", "."), "exists and is no kit"),
+        (("--target", "ov", "--out", "STATE"), "exists and is no kit"),
     ],
 )
 def test_what_a_kit_cannot_be_made_of_is_a_sentence(
     original: Path, call: Any, words: tuple[str, ...], told: str
 ) -> None:
-    code, _, said = call("kit", original, *words)
+    code, _, said = call("kit", original, *(original / "states" / "0-dense" if w == "STATE" else w for w in words))
     assert code == 2
     assert told in said
 
