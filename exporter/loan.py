@@ -130,6 +130,6 @@ class DenseLoan:
 
 def _named(prompts: str | None) -> str:
     if prompts is None:
-        got = "prompts: missing; expected a set or file of prompts, which the dense pipeline is recorded with."
+        got = "prune.prompts: missing; expected a set or file of prompts, which this method draws with."
         raise RecipeError(f"{got} Write prompts: FILE (one a line), or a built-in set such as everyday.")
     return prompts

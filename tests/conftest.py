@@ -203,6 +203,13 @@ def float_graph() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def open_graph(tiny_pipeline_folder: Path, float_graph: Callable[..., Path], made_once: MadeOnce) -> Path:
+    """The tiny pipeline's U-Net as an ONNX file whose rows, height and width are open. Read only."""
+    unet = tiny_pipeline_folder / "unet"
+    return made_once("open-graph", lambda made: float_graph(unet, made / "graph", dynamic=True)) / "graph/model.onnx"
+
+
+@pytest.fixture(scope="session")
 def tiny_graph(
     tiny_loan: DenseLoan, float_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

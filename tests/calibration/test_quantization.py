@@ -200,12 +200,11 @@ def test_schemes_are_as_close_as_their_bits(graph, fitted, tmp_path):
     assert found["int8-weights"] - 6 > found["int4-weights"] > 30
 
 
-def test_a_graph_with_open_shapes_is_rounded_for_all_of_them(tiny_loan, float_graph, tmp_path):
-    graph = float_graph(tiny_loan.dense.path / "unet", tmp_path / "graph", dynamic=True)
-    fitted = fit(study(graph, tmp_path))
-    path = written(graph, tmp_path / "out", everything(graph, "int8"), fitted, Manner(results=True))
+def test_a_graph_with_open_shapes_is_rounded_for_all_of_them(open_graph, tmp_path):
+    fitted = fit(study(open_graph, tmp_path))
+    path = written(open_graph, tmp_path / "out", everything(open_graph, "int8"), fitted, Manner(results=True))
     for shape in ({"rows": 1, "side": 8}, {"rows": 3, "side": 16}):
-        assert distance(path, graph, **shape) > 30, shape
+        assert distance(path, open_graph, **shape) > 30, shape
 
 
 def test_rounded_results_leave_every_convolution_between_integers(graph, fitted, tmp_path):

@@ -134,5 +134,5 @@ def test_the_command_prints_it_and_refuses_what_is_no_graph(
 def test_a_graph_is_weighed_by_its_products_and_by_what_could_be_taken(graph: Path, tmp_path: Path) -> None:
     found = weigh(graph)
     assert found.products == {item.node: item.products for item in sparse_weights(graph)}
-    assert found.taken == 4
+    assert found.taken == 3
     assert weigh(tmp_path / "none.onnx").products == {}

@@ -71,6 +71,15 @@ def test_every_metric_is_measured_or_says_why_not(finished: Path) -> None:
     assert latency.ratio.to == "0-dense"
 
 
+def test_quantizing_without_prompts_is_refused_before_any_work(tiny_recipe: Any, tmp_path: Path) -> None:
+    recipe = tiny_recipe(stages=[{"quantize": {"scheme": "int8"}}])
+    with pytest.raises(
+        RecipeError, match=r"stages\[0\]\.quantize\.calibration\.prompts: missing; .* Write prompts: FILE"
+    ):
+        run_recipe(recipe, tmp_path / "out", progress=Silent())
+    assert not (tmp_path / "out").exists()
+
+
 def test_components_that_a_stage_did_not_touch_are_lowered_once_and_stored_once(finished: Path) -> None:
     names = [path.name.rpartition("-")[0] for path in (finished / "lowered").iterdir() if path.is_dir()]
     assert sorted(names) == [

@@ -121,11 +121,8 @@ class TestUNet:
             compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=False)
             torch.testing.assert_close(compiled(*given)[0], module(*given)[0])
 
-    def test_open_axes_have_a_program_each(
-        self, tiny_pipeline_folder: Path, float_graph: Callable[..., Path], tmp_path: Path
-    ) -> None:
-        source = float_graph(tiny_pipeline_folder / "unet", tmp_path / "dynamic", dynamic=True)
-        session, runtime = opened(source, tmp_path / "engine"), OnnxRuntime().open_as_written(source)
+    def test_open_axes_have_a_program_each(self, open_graph: Path, tmp_path: Path) -> None:
+        session, runtime = opened(open_graph, tmp_path / "engine"), OnnxRuntime().open_as_written(open_graph)
         assert {layer.precision for layer in session.evidence().layers} == {"unknown"}
         assert session.evidence().sparse is not None
         for rows, side in ((1, 8), (3, 16), (1, 8)):
