@@ -6,17 +6,49 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import targets
+from exporter.errors import RecipeError, ToolMissing
 from exporter.metrics.size import run_child
-from targets.base import Target, TargetError
+from exporter.validation import hint, one_of, options_from
+from targets.base import Target, TargetError, TargetMissing
 from targets.build import raise_told
 
 _LONGEST_S = 6 * 3600
+
+
+def ready_target(name: str, kind: str, given: Mapping[str, Any], fix: str = "") -> tuple[Target, Any]:
+    """Return a target that can be compiled for here, and its options, checked.
+
+    Args:
+        name: the recipe's.
+        kind: type of the target.
+        given: its options as the recipe has them.
+        fix: how its runtime is installed; the target's own command by default.
+
+    Raises:
+        RecipeError: no such type, or options that cannot be honoured.
+        ToolMissing: the runtime or the device is not here.
+    """
+    if kind not in targets.TARGETS:
+        known = targets.TARGETS
+        raise RecipeError(f"targets.{name}.type: got '{kind}', expected {one_of(known)}.{hint(kind, known)}")
+    target = targets.target(kind)
+    options: Any = options_from(target.options, given, f"targets.{name}")
+    here = target.capabilities()
+    if not here.available:
+        raise ToolMissing(f"target {name}: {here.reason} Run: {fix or here.install}")
+    try:
+        target.check(options)
+    except TargetMissing as error:
+        raise ToolMissing(f"target {name}: {error}") from error
+    except TargetError as error:
+        raise RecipeError(f"targets.{name}: {error}") from error
+    return target, options
 
 
 def compile_graphs(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-import targets
 from exporter import __version__
 from exporter.artifact import digest_of
+from exporter.compiling import ready_target
 from exporter.errors import ExporterError, Findings, RecipeError, SourceError, ToolMissing
 from exporter.lowering.engine import Column
 from exporter.memo import FileMemo
@@ -24,7 +24,7 @@ from exporter.networks.source import Choice, SourceFacts, check_source, open_sou
 from exporter.prompts import prompt_set
 from exporter.pruners import pruner
 from exporter.quantizing.checks import check_plans, speed_gates
-from exporter.recipe import GateSpec, Recipe, TargetSpec, read_mended
+from exporter.recipe import GateSpec, Recipe, read_mended
 from exporter.reference import SHAPES
 from exporter.room import check_disk, check_memory
 from exporter.sampling import check_open_sizes, check_prompts, check_sampling
@@ -32,8 +32,7 @@ from exporter.stage_checks import check_data, check_named, check_stages
 from exporter.states import image_size, vae_scale
 from exporter.transforms import stage_options, takes_prompts
 from exporter.unchanged import is_finished
-from exporter.validation import hint, one_of, options_from
-from targets.base import TargetError, TargetMissing
+from exporter.validation import hint, one_of
 
 if TYPE_CHECKING:
     from exporter.forecast import Forecast
@@ -276,29 +275,10 @@ def _columns(
             continue
         try:
             with found.gather():
-                columns.append(_column(name, spec))
+                columns.append(Column(name, *ready_target(name, spec.type, spec.given)))
         except ToolMissing as error:
             problems[name] = error
     return tuple(columns), problems
-
-
-def _column(name: str, spec: TargetSpec) -> Column:
-    if spec.type not in targets.TARGETS:
-        known = targets.TARGETS
-        msg = f"targets.{name}.type: got '{spec.type}', expected {one_of(known)}.{hint(spec.type, known)}"
-        raise RecipeError(msg)
-    target = targets.target(spec.type)
-    options: Any = options_from(target.options, spec.given, f"targets.{name}")
-    here = target.capabilities()
-    if not here.available:
-        raise ToolMissing(f"target {name}: {here.reason} Run: {here.install}")
-    try:
-        target.check(options)
-    except TargetMissing as error:
-        raise ToolMissing(f"target {name}: {error}") from error
-    except TargetError as error:
-        raise RecipeError(f"targets.{name}: {error}") from error
-    return Column(name, target, options)
 
 
 def parse_gates(recipe: Recipe) -> list[Gate]:

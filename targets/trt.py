@@ -6,6 +6,7 @@ named, and runs where one of them is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ class RtxOptions:
     workspace_mib: int | None = field(default=None, metadata={"minimum": 1})
 
 
-class _Plans:
+class _Plans(ABC):
     """What both products share."""
 
     type: str
@@ -113,9 +114,9 @@ class _Plans:
         """Build a plan; see `compile_telling`."""
         self.compile_telling(source, out, options, None)
 
+    @abstractmethod
     def compile_telling(self, source: Path, out: Path, options: Any, progress: Callable[[float], None] | None) -> None:
         """Build a plan and tell how far it is."""
-        raise NotImplementedError(f"{self._place}: every product builds plans of its own")
 
     def join(self, parts: Sequence[Path], out: Path, options: Any) -> None:
         """Refuse: every plan holds weights of its own.

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import targets
 from exporter.artifact import (
     Artifact,
     digest_of,
@@ -35,10 +34,10 @@ from exporter.artifact import (
     write_text,
 )
 from exporter.built import IMAGES, built_cell, missing
-from exporter.compiling import compile_graphs, float_options
+from exporter.compiling import compile_graphs, float_options, ready_target
 from exporter.elsewhere.facts import HOST_NAME, RESULT, Kit, KitState, Part, Result, checksum_of, kit_of
 from exporter.environment import machine
-from exporter.errors import ComponentFailed, ExporterError, Interrupted, RecipeError, ToolMissing
+from exporter.errors import ComponentFailed, ExporterError, Interrupted, RecipeError
 from exporter.metrics.fidelity import Answers, component_fidelity, guide, lowering, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import DENSE, Place
@@ -47,8 +46,7 @@ from exporter.networks.schedule import SCHEDULE
 from exporter.report.record import CellRecord, TargetRecord
 from exporter.sessions import fitted, open_network, run_batched
 from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over_float, timer_of
-from exporter.validation import options_from
-from targets.base import Session, Target, TargetError, TargetMissing, engine_file_of
+from targets.base import Session, Target, TargetError, engine_file_of
 
 Array = NDArray[Any]
 _NO_IMAGES = (
@@ -166,18 +164,8 @@ def measure_kit(folder: Path, out: Path, name: str) -> Result:
 def _host(folder: Path, out: Path, name: str) -> Host:
     kit = open_artifact(folder, kind="kit")
     facts = kit_of(kit.manifest.facts, folder)
-    target = targets.target(facts.type)
-    options: Any = options_from(target.options, facts.options, f"targets.{facts.target}")
-    here = target.capabilities()
-    if not here.available:
-        fix = f"Run: pip install -r {folder / 'requirements.txt'}"
-        raise ToolMissing(f"target {facts.target}: {here.reason} {fix}")
-    try:
-        target.check(options)
-    except TargetMissing as error:
-        raise ToolMissing(f"target {facts.target}: {error}") from error
-    except TargetError as error:
-        raise RecipeError(f"targets.{facts.target}: {error}") from error
+    fix = f"pip install -r {folder / 'requirements.txt'}"
+    target, options = ready_target(facts.target, facts.type, facts.options, fix)
     return Host(kit, facts, target, options, f"{facts.target}@{name}", out)
 
 
