@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,24 @@ def compile_graphs(
     return max(peaks)
 
 
+def run_telling(command: Sequence[str], watch: Callable[[], object] = lambda: None) -> float:
+    """Run a process that tells as `targets.build` does how it ended.
+
+    Args:
+        command: that starts it.
+        watch: called again and again while it runs.
+
+    Returns:
+        The most memory that it had, in MiB.
+
+    Raises:
+        TargetMissing, TargetError, ComponentFailed: it did not succeed.
+    """
+    child = run_child(command, timeout_s=_LONGEST_S, paths=sys.path, watch=watch)
+    raise_told(child.output)
+    return child.peak_rss_mib
+
+
 def float_options(target: Target, options: Any) -> dict[str, Any]:
     """Return the options under which a float graph is the rival of a quantized one, by what it then computes in.
 
@@ -115,6 +133,4 @@ def _compile(target: Target, options: Any, source: Path, out: Path, told: Callab
             with contextlib.suppress(OSError, ValueError):  # not written yet, or not whole
                 told(float(file.read_text(encoding="ascii")))
 
-        child = run_child([*command, str(file)], timeout_s=_LONGEST_S, paths=sys.path, watch=watch)
-    raise_told(child.output)
-    return child.peak_rss_mib
+        return run_telling([*command, str(file)], watch)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import targets
 from calibration.schemes import FLOAT
 from exporter.answering import ask_component, dense_reference, own_answers
 from exporter.artifact import Artifact
@@ -35,6 +36,7 @@ from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over
 from targets.base import Session
 
 Array = NDArray[Any]
+Feeds = Mapping[str, Array]
 _COSTLY = 3
 """Units of a quantized state that are named."""
 
@@ -56,9 +58,9 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
     seconds: dict[str, float] = {}
     found: list[Measurement] = []
     evidence: dict[str, Any] = {}
-    fed: dict[Path, Mapping[str, Array]] = {}
+    fed: dict[Path, Feeds] = {}
     timer = timer_of(bench.recipe.measure.latency_seconds, bench.sampling["batch"], facts.target, facts.options)
-    known = components_of(state.path, facts.components)
+    known, untimed = components_of(state.path, facts.components), targets.target(facts.target).capabilities().untimed
     with _clock(seconds, "torch"):  # before any engine is loaded, so that the largest network is in memory once
         for component in known:
             own_answers(state, component, bench, graphs)
@@ -74,7 +76,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
             for component in known:
                 name, session = component.name, sessions[component.name]
                 calls = fitted(session, timed_calls(component, state.path, bench))
-                timing = Timing(session, calls, place.at(name), timer, component.role == "denoiser")
+                timing = Timing(session, calls, place.at(name), timer, component.role == "denoiser", untimed)
                 found += _times(timing, lowered, facts, bench)
                 fed |= fed_parts(name, session, calls[0], facts.ending)
                 told_of_layers = session.evidence()
@@ -85,7 +87,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
     finally:
         close_sessions(sessions)
     with _clock(seconds, "footprint"):
-        found += footprint(engine.path, facts.target, facts.options, place, fed)
+        found += footprint(engine.path, facts.target, facts.options, place, fed, untimed)
     return CellRecord(
         state=place.state,
         target=place.target,
@@ -129,6 +131,8 @@ def _times(it: Timing, lowered: Lowered, facts: EngineFacts, bench: Bench) -> li
     """Time a component against all that it is held to on its target."""
     name, dense = str(it.place.component), bench.engines.get(it.place.target)
     found = latency_of(it, None if dense is None else partial(open_session, dense.path / name, facts))
+    if it.untimed:
+        return found
     if name in lowered.quantized:
         found.append(over_float(it, _rivals(lowered.quantized[name].floats, facts)))
     if lowered.fixed is not None:

@@ -150,7 +150,7 @@ def _carry_out(run: _Run) -> None:
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
     shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
-    column = next((column for column in run.plan.columns if column.target.capabilities().runs), None)
+    column = next((column for column in run.plan.columns if _is_timed(column)), None)
     stopwatch = _stopwatch(run, column, dense, shop)
     lab = Lab(run.recipe, run.out, run.progress, run.memo, stopwatch, column, partial(_float_graph, shop))
     bench = Bench(run.recipe, run.out, dense, recording, sampling, run.progress)
@@ -195,6 +195,11 @@ def _stopwatch(run: _Run, column: Column | None, dense: Artifact, shop: Workshop
     return TargetStopwatch(column, export, run.out / "work" / "stopwatch", run.progress)
 
 
+def _is_timed(column: Column) -> bool:
+    here = column.target.capabilities()
+    return here.runs and not here.untimed
+
+
 def _save_memo(run: _Run) -> None:
     write_text(run.out / MEMO, run.memo.text())
 
@@ -210,7 +215,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
     shop.seconds.clear()
     made = len(shop.made)
     try:
-        exported = export_state(state, shop)
+        exported = export_state(state, shop, column.target)
         if run.plan.until == "export":
             return CellRecord(state=name, target=column.name, status="not run", error="stopped by --until export")
         engine = compile_state(state, exported, column, shop)
@@ -221,7 +226,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
             weighed = {part: partial(lowered.weighed, part) for part in exported}
             return built_cell(engine.path, weighed, column.target, Place(name, column.name), run.out)
         lowered = dataclasses.replace(lowered, quantized=quantized_of(state, exported, column, shop))
-        if run.recipe.shapes is not None:
+        if run.recipe.shapes is not None and _is_timed(column):
             fixed = compile_fixed(state, denoiser(pipeline_class_of(state.path)), column, shop)
             lowered = dataclasses.replace(lowered, fixed=fixed)
         cell = _measured(run, state, column, bench, lowered)

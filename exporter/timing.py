@@ -38,6 +38,7 @@ class Timing:
         place: where the measurements go, with its component.
         timer: of its target.
         is_denoiser: whether its calls make a loop.
+        untimed: why times taken here say nothing; empty where they do.
     """
 
     session: Session
@@ -45,6 +46,7 @@ class Timing:
     place: Place
     timer: Timer
     is_denoiser: bool
+    untimed: str = ""
 
     def call(self) -> object:
         """Make the call that stands for all."""
@@ -59,6 +61,8 @@ def timer_of(seconds: float, batch: int, target: str, options: Mapping[str, Any]
 
 def latency_of(it: Timing, open_dense: Open | None) -> list[Measurement]:
     """Time a component; against the dense engine of the same target, pair by pair, where there is one."""
+    if it.untimed:
+        return [it.place.missing("latency.median_ms", "ms", it.untimed)]
     dense = None if open_dense is None else open_dense()
     ratio = None
     try:
@@ -114,7 +118,12 @@ def over_float(it: Timing, rivals: Mapping[str, Open]) -> Measurement:
 
 
 def footprint(
-    engine: Path, target: str, options: Mapping[str, Any], place: Place, fed: Mapping[Path, Feeds]
+    engine: Path,
+    target: str,
+    options: Mapping[str, Any],
+    place: Place,
+    fed: Mapping[Path, Feeds],
+    untimed: str = "",
 ) -> list[Measurement]:
     """Load an engine in a process of its own, without torch, and call it as it was fed: what it costs a device.
 
@@ -124,7 +133,12 @@ def footprint(
         options: of the target.
         place: the cell.
         fed: what the target opens, by its place in the engine's folder -> the inputs of a call.
+        untimed: why it is not loaded for that here; empty where it is.
     """
+    components = dict.fromkeys(path.parts[0] for path in fed)
+    sizes = [size_measurement(place, engine), *(size_measurement(place.at(name), engine / name) for name in components)]
+    if untimed:
+        return [place.missing("load_ms", "ms", untimed), place.missing("peak_rss_mib", "MiB", untimed), *sizes]
     shapes = {path.name: {name: array.shape for name, array in feeds.items()} for path, feeds in fed.items()}
     places = [str(engine / path) for path in fed]
     command = [sys.executable, "-m", "targets.footprint", target, json.dumps(dict(options)), json.dumps(shapes)]
@@ -138,9 +152,7 @@ def footprint(
         note="all components, in a new process, the runtime's own import left out",
         detail=times,
     )
-    components = dict.fromkeys(path.parts[0] for path in fed)
-    sizes = [size_measurement(place.at(name), engine / name) for name in components]
-    return [load, memory_measurement(place, child.peak_rss_mib), size_measurement(place, engine), *sizes]
+    return [load, memory_measurement(place, child.peak_rss_mib), *sizes]
 
 
 def fed_parts(name: str, session: Session, call: Feeds, ending: str) -> dict[Path, Feeds]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from targets.base import Target
 
 TARGETS = {
+    "coreml": "targets.coreml:CoreMl",
     "onnxruntime": "targets.ort:OnnxRuntime",
     "openvino": "targets.ov:OpenVino",
     "tensorrt": "targets.trt:TensorRt",

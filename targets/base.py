@@ -19,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from targets.placement import Placement
+
 Array = NDArray[Any]
 OptionsClass = type[Any]
 RANGES = "shapes.json"
@@ -108,6 +110,7 @@ class Evidence:
         layers: every executed layer, in execution order.
         notes: anything a reader of the report must know.
         sparse: about sparse kernels; None for runtimes that have none.
+        placement: what a lint found; None for targets without one.
     """
 
     runtime: str
@@ -116,6 +119,7 @@ class Evidence:
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
     sparse: Sparse | None = None
+    placement: Placement | None = None
 
     def count(self, attribute: str) -> dict[str, int]:
         """Return how many layers have each value of ``precision``, ``type``, ``kernel`` or ``device``, most first."""
@@ -142,6 +146,7 @@ class Capabilities:
         precisions: precisions that really execute on this device, fastest last.
         install: the command that installs the library.
         reason: why it is not available or does not run; empty when both are fine.
+        untimed: why times taken here say nothing about the device, and what takes them; empty where they do.
     """
 
     available: bool
@@ -151,6 +156,7 @@ class Capabilities:
     precisions: tuple[str, ...]
     install: str
     reason: str = ""
+    untimed: str = ""
 
 
 class Session(Protocol):

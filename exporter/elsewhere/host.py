@@ -28,6 +28,7 @@ from exporter.artifact import (
     digest_of,
     disk_failure,
     link_file,
+    link_tree,
     open_artifact,
     reusable,
     write_artifact,
@@ -47,6 +48,7 @@ from exporter.report.record import CellRecord, TargetRecord
 from exporter.sessions import fitted, open_network, run_batched
 from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over_float, timer_of
 from targets.base import Session, Target, TargetError, engine_file_of
+from targets.torch_source import FromTorch
 
 Array = NDArray[Any]
 _NO_IMAGES = (
@@ -93,10 +95,13 @@ def main(kit: Path, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Builds the kit's engines here, checks and times them.")
     parser.add_argument("--name", default=_own_name(), help="what the report calls this host (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of engines and result.json (default: beside the kit)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the target, other than in the recipe"
+    )
     given = parser.parse_args(arguments)
     out = given.out or kit.parent / f"{kit.name}-{given.name}"
     try:
-        result = measure_kit(kit, out, given.name)
+        result = measure_kit(kit, out, given.name, _options(given.option))
     except (ExporterError, OSError) as caught:
         error = caught if isinstance(caught, ExporterError) else disk_failure(out, caught)
         sys.stderr.write(f"{error}\n")
@@ -111,13 +116,32 @@ def main(kit: Path, arguments: Sequence[str]) -> int:
     return ComponentFailed.exit_code if failed else 0
 
 
-def measure_kit(folder: Path, out: Path, name: str) -> Result:
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """Return options of the command line: numbers, true and false as such, all else as words.
+
+    Raises:
+        RecipeError: one has no value.
+    """
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"--option: got {item!r}, expected KEY=VALUE. Write --option compute_units=cpu.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def measure_kit(folder: Path, out: Path, name: str, options: Mapping[str, Any] | None = None) -> Result:
     """Build and measure every state of a kit.
 
     Args:
         folder: of the kit; nothing is written there.
         out: for engines, which a later call reuses, and ``result.json``.
         name: of this host.
+        options: of the target, in the place of the kit's.
 
     Raises:
         ArtifactError: the kit was altered.
@@ -127,7 +151,7 @@ def measure_kit(folder: Path, out: Path, name: str) -> Result:
     started = time.monotonic()
     if not re.fullmatch(HOST_NAME, name):
         raise RecipeError(f"--name: got {name!r}, expected letters, digits, '.', '_' and '-'. Write --name jetson-1.")
-    host = _host(folder, out, name)
+    host = _host(folder, out, name, options or {})
     here = host.target.capabilities()
     cells: list[CellRecord] = []
     for state in host.facts.states:
@@ -161,9 +185,10 @@ def measure_kit(folder: Path, out: Path, name: str) -> Result:
     return whole
 
 
-def _host(folder: Path, out: Path, name: str) -> Host:
+def _host(folder: Path, out: Path, name: str, changed: Mapping[str, Any]) -> Host:
     kit = open_artifact(folder, kind="kit")
     facts = kit_of(kit.manifest.facts, folder)
+    facts = facts.model_copy(update={"options": {**facts.options, **changed}})
     fix = f"pip install -r {folder / 'requirements.txt'}"
     target, options = ready_target(facts.target, facts.type, facts.options, fix)
     return Host(kit, facts, target, options, f"{facts.target}@{name}", out)
@@ -174,6 +199,7 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
     place, engine = Place(state.id, host.column), host.out / "engines" / state.id
     for part in state.parts:
         _build(host, part, part.graph, engine / part.name, host.options)
+    untimed = host.target.capabilities().untimed
     if not host.target.capabilities().runs:
         weighed = {part.name: partial(Weighed, part.products, part.taken) for part in state.parts}
         return built_cell(engine, weighed, host.target, place, host.out)
@@ -189,15 +215,15 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
             found += _answers(host, part, session, here)
             calls = fitted(session, [host.feeds(feeds) for feeds in part.timed])
             timer = timer_of(host.facts.seconds, host.facts.batch, host.facts.type, host.facts.options)
-            timing = Timing(session, calls, here, timer, part.is_denoiser)
+            timing = Timing(session, calls, here, timer, part.is_denoiser, untimed)
             found += latency_of(timing, _opens(host, dense, part.name))
-            if part.floats:
+            if part.floats and not untimed:
                 found.append(over_float(timing, _rivals(host, part)))
             told = session.evidence()
             found += sparse_measurements(told, here, partial(Weighed, part.products, part.taken))
             evidence[part.name] = told.to_json()
             fed |= fed_parts(part.name, session, calls[0], host.ending)
-    found += footprint(engine, host.facts.type, host.facts.options, place, fed)
+    found += footprint(engine, host.facts.type, host.facts.options, place, fed, untimed)
     return CellRecord(
         state=state.id,
         target=host.column,
@@ -234,6 +260,9 @@ def _build(host: Host, part: Part, graph: str, engine: Path, options: Any) -> No
     key = digest_of([host.kit.part_digest(graph), part.schedule, asdict(options), here.version, here.device])
 
     def build(out: Path) -> Mapping[str, Any]:
+        if isinstance(host.target, FromTorch):  # converted already: what was made there is what runs here
+            link_tree(source, out)
+            return {"component": part.name}
         try:
             compile_graphs(host.target, options, source, out)
         except TargetError as error:

@@ -34,13 +34,14 @@ from exporter.artifact import (
 from exporter.bench import Bench
 from exporter.elsewhere.facts import KITS, Asked, Kit, KitState, Part
 from exporter.errors import ArtifactError, ExporterError, RecipeError
-from exporter.lowering.engine import Workshop, export_rivals, export_state
+from exporter.lowering.engine import Column, Workshop, convert_part, export_rivals, export_state
 from exporter.lowering.feeds import recorded_calls
 from exporter.lowering.sparsity_report import weigh
 from exporter.lowering.wrappers import MAIN_OUTPUT
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.fidelity import Answers
 from exporter.metrics.place import DENSE
+from exporter.metrics.sparse import Weighed
 from exporter.networks.components import Component
 from exporter.networks.quantization import read_quantization
 from exporter.networks.schedule import SCHEDULE
@@ -50,7 +51,8 @@ from exporter.recordings import dense_recording, export_options, resolved_sampli
 from exporter.report.writing import read_record
 from exporter.states import components_of, config_of
 from exporter.validation import hint, one_of, options_from
-from targets.base import Target, TargetError
+from targets.base import TargetError
+from targets.torch_source import FromTorch
 
 HOST = "exporter.elsewhere.host"
 _SCRIPT = '''\
@@ -94,13 +96,13 @@ class _Making:
     Attributes:
         bench: what answers are computed with.
         shop: what components are exported with.
-        target: that it is for.
+        column: the target that it is for.
         folder: of the kit.
     """
 
     bench: Bench
     shop: Workshop
-    target: Target
+    column: Column
     folder: Path
 
     def keep(self, array: NDArray[Any]) -> str:
@@ -143,7 +145,8 @@ def write_kit(run: Path, name: str, out: Path, progress: Progress, states: tuple
     record = read_record(run)
     recipe = Recipe.model_validate(record.recipe)
     spec = _spec(recipe, name)
-    options_from(targets.target(spec.type).options, spec.given, f"targets.{name}")
+    target = targets.target(spec.type)
+    column = Column(name, target, options_from(target.options, spec.given, f"targets.{name}"))
     known = [state.id for state in record.states]
     wrong = [state for state in states or () if state not in known]
     if wrong or DENSE not in known:
@@ -159,7 +162,7 @@ def write_kit(run: Path, name: str, out: Path, progress: Progress, states: tuple
         chosen = [DENSE, *(state for state in known if state != DENSE and (states is None or state in states))]
 
         def build(folder: Path) -> Mapping[str, Any]:
-            making = _Making(bench, shop, targets.target(spec.type), folder)
+            making = _Making(bench, shop, column, folder)
             with task(progress, f"Kit for {name}", len(chosen)) as told:
                 made = []
                 for state in chosen:
@@ -233,13 +236,14 @@ def _facts(recipe: Recipe, name: str, spec: TargetSpec, bench: Bench, states: li
 
 
 def _state(state: Artifact, making: _Making) -> KitState:
-    exported = export_state(state, making.shop)
+    exported = export_state(state, making.shop, making.column.target)
     parts = components_of(state.path, making.shop.requested)
-    made = [_part(state, part, exported[part.name], making) for part in parts]
+    made = [_part(state, part, exported.get(part.name), making) for part in parts]
     return KitState(id=state.path.name, digest=state.digest, parts=made)
 
 
-def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making) -> Part:
+def _part(state: Artifact, component: Component, onnx: Artifact | None, making: _Making) -> Part:
+    """Return what a kit holds of a component: its graph, or, for a target without graphs, what was made of it."""
     bench, config = making.bench, config_of(state.path / component.folder)
     asked = list(recorded_calls(component, config, bench.recording, bench.rows))
     batch = range(min(bench.sampling["batch"], bench.recording.count))
@@ -248,12 +252,16 @@ def _part(state: Artifact, component: Component, onnx: Artifact, making: _Making
     is_guided = isinstance(dense, Answers) and dense.raw.shape[1] > dense.guided.shape[1]
     guided = making.keep(dense.guided) if isinstance(dense, Answers) and is_guided else ""
     quantized = read_quantization(state.path / component.folder) is not None
-    weighed = weigh(onnx.path / "model.onnx")
-    rivals = export_rivals(state, component, making.target, making.shop) if quantized else {}
+    if isinstance(making.column.target, FromTorch):
+        built, weighed = convert_part(state, component, making.column, making.shop), Weighed({}, 0)
+    else:
+        assert onnx is not None
+        built, weighed = onnx, weigh(onnx.path / "model.onnx")
+    rivals = export_rivals(state, component, making.column.target, making.shop) if quantized and built is onnx else {}
     return Part(
         name=component.name,
         is_denoiser=component.role == "denoiser",
-        graph=making.graph(onnx),
+        graph=making.graph(built),
         floats={scheme: making.graph(rival) for scheme, rival in rivals.items()},
         schedule=_schedule(state, component, making.folder),
         output=MAIN_OUTPUT[component.role],

@@ -7,7 +7,8 @@ exported and compiled once, and every engine that uses it links the same files.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from calibration.recording import Recording
 from calibration.schemes import FLOAT
 from exporter import __version__
 from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
-from exporter.compiling import compile_graphs
+from exporter.compiling import compile_graphs, run_telling
 from exporter.errors import ComponentFailed, ToolMissing
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
@@ -29,6 +30,7 @@ from exporter.networks.schedule import Schedule, read_schedule
 from exporter.progress import Progress
 from exporter.states import components_of, config_of
 from targets.base import Target, TargetError, TargetMissing, TellsProgress, engine_file_of
+from targets.torch_source import FromTorch
 
 if TYPE_CHECKING:  # seconds to import
     from torch import nn
@@ -96,19 +98,30 @@ class Workshop:
         self.seconds[step] = round(self.seconds.get(step, 0.0) + seconds, 3)
 
 
-def export_state(state: Artifact, shop: Workshop) -> dict[str, Artifact]:
+def export_state(state: Artifact, shop: Workshop, target: Target | None = None) -> dict[str, Artifact]:
     """Export every component of a state to ONNX, or find it done; parity with torch is enforced.
+
+    Args:
+        state: what is exported.
+        shop: what lowering shares.
+        target: it is for; one that takes torch networks needs graphs only of what is quantized, to be compared with.
 
     Raises:
         ComponentFailed: a component cannot be exported, or its ONNX answers differently from torch.
     """
-    return {
-        component.name: export_part(state, component, shop) for component in components_of(state.path, shop.requested)
-    }
+    parts, few = components_of(state.path, shop.requested), isinstance(target, FromTorch)
+    wanted = [part for part in parts if not few or read_quantization(state.path / part.folder) is not None]
+    return {component.name: export_part(state, component, shop) for component in wanted}
 
 
 def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop) -> Artifact:
-    """Compile every exported component on a target and lay the engine folder out.
+    """Compile every component on a target and lay the engine folder out.
+
+    Args:
+        state: what is compiled.
+        exported: its components as graphs; a target that takes torch networks has no need of them.
+        column: the target.
+        shop: what lowering shares.
 
     Returns:
         The engine, ``OUT/engines/<state>/<target>``.
@@ -118,7 +131,11 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
         ComponentFailed: the runtime refused a component.
     """
     here = column.target.capabilities()
-    compiled = {name: compile_part(onnx, name, column, shop) for name, onnx in exported.items()}
+    if isinstance(column.target, FromTorch):
+        parts = components_of(state.path, shop.requested)
+        compiled = {part.name: convert_part(state, part, column, shop) for part in parts}
+    else:
+        compiled = {name: compile_part(onnx, name, column, shop) for name, onnx in exported.items()}
     facts = {
         "target": column.target.type,
         "options": asdict(column.options),
@@ -279,25 +296,69 @@ def _export_scheduled(
 
 def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> Artifact:
     """Compile one exported component, or find it done; raises as `compile_state`."""
-    target = column.target
-    here = target.capabilities()
+    target, here = column.target, column.target.capabilities()
     key = digest_of([onnx.digest, target.type, asdict(column.options), here.version, here.device, __version__])
     folder = f"{target.type}-{name}-{key[:16]}"
 
     bar = _Bar(shop.progress, _PARTS if isinstance(target, TellsProgress) else 1)
 
     def build(out: Path) -> Mapping[str, Any]:
-        try:
+        with _told(column, name):
             peak_mib = compile_graphs(column.target, column.options, onnx.path, out, bar)
             shop.peak_mib = max(shop.peak_mib, peak_mib)
-        except TargetMissing as error:
-            raise ToolMissing(f"target {column.name}: {error}") from error
-        except (TargetError, ComponentFailed) as error:
-            raise ComponentFailed(f"target {column.name}, {name}: {error}") from error
         return {"component": name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Compile {name} for {column.name}"
     return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
+
+
+def convert_part(state: Artifact, component: Component, column: Column, shop: Workshop) -> Artifact:
+    """Convert one component for a target that takes torch networks, or find it done; raises as `compile_state`."""
+    target, here = column.target, column.target.capabilities()
+    digest, versions = state.part_digest(component.folder), {name: version(name) for name in _EXPORT_LIBRARIES}
+    export = asdict(replace(shop.export, tokens=tokens_of(component, shop)))
+    asked = [component.name, target.type, asdict(column.options), export, shop.recording.digest]
+    key = digest_of([digest, asked, versions, here.version, __version__, _GRAPHS])
+    if component.role == "denoiser" and read_schedule(state.path / component.folder) is not None:
+        raise ComponentFailed(
+            f"target {column.name}, {component.name}: it cannot run the several graphs of a schedule. Choose openvino "
+            "or onnxruntime."
+        )
+
+    def build(out: Path) -> Mapping[str, Any]:
+        from exporter.lowering.converting import Order  # seconds to import
+
+        order = Order(
+            state=str(state.path),
+            component=component.name,
+            requested=shop.requested,
+            target=target.type,
+            options=asdict(column.options),
+            export=export,
+            recording=str(shop.recording.folder),
+            rows=shop.sampling["batch"],
+            calls=PARITY_CALLS,
+            facts={"weights_sha256": digest},
+            out=str(out),
+        )
+        with _told(column, component.name):
+            shop.peak_mib = max(shop.peak_mib, run_telling(order.command()))
+        return {"component": component.name, "target": target.type, "options": asdict(column.options)}
+
+    title = f"Convert {component.name} for {column.name}"
+    folder = f"{target.type}-{component.name}-{key[:16]}"
+    return _make(shop, folder, build, kind="compiled", key=key, parent=state, title=title)
+
+
+@contextmanager
+def _told(column: Column, name: str) -> Iterator[None]:
+    """Say of a failure which target and which component it was."""
+    try:
+        yield
+    except TargetMissing as error:
+        raise ToolMissing(f"target {column.name}: {error}") from error
+    except (TargetError, ComponentFailed) as error:
+        raise ComponentFailed(f"target {column.name}, {name}: {error}") from error
 
 
 class _Bar:

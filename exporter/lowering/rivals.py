@@ -64,11 +64,13 @@ def quantized_of(
     Raises:
         ToolMissing, ComponentFailed: as `compile_state`.
     """
-    return {
-        part.name: Quantized(exported[part.name].path / "model.onnx", _floats(state, part, column, shop))
-        for part in components_of(state.path, shop.requested)
-        if "quantized" in exported[part.name].manifest.facts
-    }
+    found = {}
+    for part in components_of(state.path, shop.requested):
+        onnx = exported.get(part.name)
+        if onnx is not None and "quantized" in onnx.manifest.facts:
+            floats = {} if column.target.capabilities().untimed else _floats(state, part, column, shop)
+            found[part.name] = Quantized(onnx.path / "model.onnx", floats)
+    return found
 
 
 def _floats(state: Artifact, part: Component, column: Column, shop: Workshop) -> dict[str, Path]:

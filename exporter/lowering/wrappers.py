@@ -65,9 +65,10 @@ class DenoiserForward(nn.Module):
         Returns:
             (rows, ...) float32.
         """
-        rows, check = inputs[0].shape[0], cast("Any", torch)._check
+        library = cast("Any", torch)
+        rows, check, traced = inputs[0].shape[0], library._check, library.jit.is_tracing()
         for name, given in zip(self._names, inputs, strict=True):
-            if self._open.get(name, {}).get(0) == "batch":
+            if self._open.get(name, {}).get(0) == "batch" and not traced:  # a trace has its sizes, and no checks
                 check(given.shape[0] == rows)  # one batch: an exporter would take each input's for one of its own
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])

@@ -1,0 +1,184 @@
+"""Converts one component of a state for a target that takes torch networks, in a process of its own.
+
+``python -m exporter.lowering.converting JSON`` prints one JSON line: ``{}``, or what went wrong, as `targets.build`
+does. Converting holds several copies of the weights and may crash; the process takes them along when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import targets
+from calibration.errors import CalibrationError
+from calibration.recording import Recording
+from exporter import __version__
+from exporter.errors import ComponentFailed, ExporterError
+from exporter.lowering.feeds import recorded_calls, spread
+from exporter.lowering.options import ExportOptions
+from exporter.lowering.pinned import pin_timesteps
+from exporter.lowering.wrappers import Sizes, example_feeds, part_of, signature, wrap
+from exporter.networks.components import Component
+from exporter.networks.storage import load_network
+from exporter.states import components_of, config_of
+from targets.base import TargetError, TargetMissing
+from targets.torch_source import FromTorch, TorchProgram
+
+_ABOUT: Mapping[str, str] = {
+    "sample": "latents, scaled as the scheduler wants them",
+    "hidden_states": "latents, scaled as the scheduler wants them",
+    "timestep": "of the scheduler, the same for every row",
+    "encoder_hidden_states": "text states, rows without the prompt first where there is guidance",
+    "encoder_attention_mask": "1 where a token of the text counts",
+    "attention_mask": "1 where a token counts",
+    "text_embeds": "pooled text states",
+    "pooled_projections": "pooled text states",
+    "time_ids": "sizes and crop of the image, as SDXL has them",
+    "timestep_cond": "embedded guidance scale",
+    "guidance": "guidance scale",
+    "class_labels": "classes to draw",
+    "img_ids": "places of the latent's patches",
+    "txt_ids": "places of the text",
+    "input_ids": "tokens of the text",
+    "latent_sample": "latents, divided by the autoencoder's scaling factor",
+    "out_sample": "what the denoiser predicts: noise, or velocity",
+    "last_hidden_state": "text states",
+    "pooler_output": "state of the text's end",
+    "latent_parameters": "means of the latents, then logarithms of their variances",
+}
+_ROLES: Mapping[str, str] = {
+    "denoiser": "Denoiser",
+    "text": "Text encoder",
+    "decoder": "Autoencoder, the decoding half",
+    "encoder": "Autoencoder, the encoding half",
+}
+_AUTHOR = f"diffusion-exporter {__version__}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be converted.
+
+    Attributes:
+        state: folder of the state.
+        component: its name.
+        requested: components on request that the state's list has to know.
+        target: type.
+        options: of the target.
+        export: shapes.
+        recording: folder of the dense pipeline's.
+        rows: of the recording, that the network is called with.
+        calls: recorded calls that the engine is proven with.
+        facts: for the engine's metadata.
+        out: an existing, empty folder.
+    """
+
+    state: str
+    component: str
+    requested: tuple[str, ...]
+    target: str
+    options: Mapping[str, Any]
+    export: Mapping[str, Any]
+    recording: str
+    rows: int
+    calls: int
+    facts: Mapping[str, str]
+    out: str
+
+    def command(self) -> list[str]:
+        """Return the command that carries it out."""
+        return [sys.executable, "-m", "exporter.lowering.converting", json.dumps(asdict(self))]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert; return the exit status, which is 0 for every failure that the JSON line tells."""
+    told = json.loads(arguments[0])
+    order = Order(**{**told, "requested": tuple(told["requested"])})
+    found: dict[str, Any] = {}
+    try:
+        _carry_out(order)
+    except TargetMissing as error:
+        found = {"missing": str(error)}
+    except (TargetError, ExporterError, CalibrationError) as error:
+        found = {"failed": str(error)}
+    except OSError as error:
+        found = {"os": [error.errno, error.strerror, str(error.filename or order.out)]}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    return 0
+
+
+def _carry_out(order: Order) -> None:
+    target = targets.target(order.target)
+    assert isinstance(target, FromTorch)
+    state = Path(order.state)
+    component = next(part for part in components_of(state, order.requested) if part.name == order.component)
+    target.convert(program_of(state, component, order), Path(order.out), target.options(**order.options))
+
+
+def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
+    """Return a component of a state as a target takes it."""
+    folder = state / component.folder
+    network = part_of(component, load_network(folder, cls=component.cls))
+    pin_timesteps(network)
+    export = ExportOptions(**order.export)
+    rows = export.batch * (2 if export.guided and component.role == "denoiser" else 1)
+    examples = example_feeds(network, Sizes(rows, export.latent, export.tokens))
+    names = signature(network)
+    recording = Recording.open(Path(order.recording), verify=False)
+    calls = recorded_calls(component, config_of(folder), recording, range(min(order.rows, recording.count)))
+    inputs = {name: tensor.numpy() for name, tensor in zip(names.inputs, examples, strict=True)}
+    fed = [
+        {name: _resized(array, inputs[name]) for name, array in call.feeds.items()}
+        for call in spread(list(calls), order.calls)
+    ]
+    about = {name: _ABOUT.get(name, name) for name in (*names.inputs, *names.outputs)}
+    about["sample"] = about["sample"] if component.role == "denoiser" else "image, -1 to 1"
+    about[""] = f"{_ROLES[component.role]} ({type(network).__name__}), state {state.name}"
+    facts = {"author": _AUTHOR, "version": __version__, **order.facts}
+    return TorchProgram(
+        component.name,
+        wrap(network),
+        inputs,
+        names.outputs,
+        shapes=_shapes(component.name, network, rows, export),
+        calls=tuple(fed),
+        about=about,
+        facts=facts,
+    )
+
+
+def _shapes(name: str, network: nn.Module, rows: int, export: ExportOptions) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Return the shapes of the inputs at every size that the recipe names.
+
+    Raises:
+        ComponentFailed: it names several batches.
+    """
+    if not export.dynamic or export.latents is None:
+        return ()
+    if export.batches is not None and {*export.batches} != {export.batch}:
+        raise ComponentFailed(
+            f"{name}: shapes.batch: got {export.batches[0]} to {export.batches[1]}, expected only {export.batch}: Core "
+            "ML's converter fixes the rows of group normalization. Write shapes.batch with that number alone."
+        )
+    sides = dict.fromkeys((export.latent, *export.latents))
+    fed = [example_feeds(network, Sizes(rows, side, export.tokens)) for side in sides]
+    found = tuple(dict.fromkeys(tuple(tuple(tensor.shape) for tensor in tensors) for tensors in fed))
+    return found if len(found) > 1 else ()
+
+
+def _resized(array: np.ndarray[Any, Any], like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return a recorded input with as many rows as the network is compiled for; missing ones are repeated."""
+    if array.ndim == 0 or len(array) == len(like):
+        return array
+    return np.resize(array, (len(like), *array.shape[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,236 @@
+"""A torch network to ML Programs: traced, converted, kept in 32 bits where 16 overflow, cut, described, saved.
+
+Runs in a process of its own, since converting loads torch and coremltools and holds several copies of the weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from targets.base import TargetError
+from targets.coreml import PLACE, CoreMlOptions, coremltools
+from targets.coreml_chunks import chunked
+from targets.coreml_names import module_paths
+from targets.coreml_package import DIGEST, PACKAGE, Manifest, Port
+from targets.torch_source import TorchProgram
+
+_LARGEST = 65504.0
+"""Of a 16-bit floating-point number."""
+_HEADROOM = 0.5
+"""Of that: what recorded values may reach before the operation that makes them is kept in 32 bits."""
+_CLOCK = "timestep"
+_LAYERS = ("linear", "matmul", "conv", "einsum")
+"""Operations that end the way from the timestep to its sines: from there on it is an input as any other."""
+_LARGEST_RANK = 5
+_ROUNDED = re.compile(r"_cast_fp(16|32)$")
+
+
+def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
+    """Write ``coreml.json`` and the packages that it names into a folder.
+
+    Raises:
+        TargetMissing: coremltools is not installed.
+        TargetError: the network does not convert, or what came of it breaks one of Core ML's limits.
+    """
+    library: Any = coremltools()
+    traced = _traced(program)
+    kept: dict[str, float] = {}
+    path = out / PACKAGE
+    while True:
+        built = _converted(library, traced, program, options, kept)
+        modules, answers = _write(library, built, program, options, path)
+        del built
+        found = _overflowing(path, program) if options.precision == "f16" and program.calls else {}
+        if not found.keys() - kept.keys():
+            break
+        kept |= found
+        shutil.rmtree(path)
+    packages = chunked(path, options.chunks) if options.chunks > 1 else [path]
+    names = tuple(package.name for package in packages)
+    inputs = tuple(_port(name, program) for name in program.inputs)
+    outputs = tuple(Port(name, inside(name), "float32", shape) for name, shape in answers.items())
+    digest = program.facts.get("weights_sha256", "")
+    manifest = Manifest(program.name, options.deployment, names, inputs, outputs, digest, modules, kept)
+    manifest.write(out)
+
+
+def _traced(program: TorchProgram) -> Any:
+    """Return the network as torch's tracer saw it; its remarks on what depends on shapes are known and meant."""
+    import torch
+
+    jit: Any = torch.jit
+    examples = tuple(torch.from_numpy(np.atleast_1d(array).copy()) for array in program.inputs.values())
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", jit.TracerWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return jit.trace(program.module.eval(), examples, strict=False, check_trace=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TargetError(f"{PLACE}: {program.name}: torch cannot trace it; got: {_reason(error)}") from error
+
+
+def _converted(
+    library: Any, traced: Any, program: TorchProgram, options: CoreMlOptions, kept: Mapping[str, float]
+) -> Any:
+    """Return coremltools' own program, with 16 bits where they are asked for and do."""
+    precision = library.precision.FLOAT32
+    if options.precision == "f16":
+        clock = _Clock()
+        precision = library.transform.FP16ComputePrecision(
+            op_selector=lambda operation: not clock.drives(operation) and plain_name(operation.name) not in kept
+        )
+    types = {
+        name: library.TensorType(name=inside(name), shape=_shape(library, name, program), dtype=_type(array.dtype))
+        for name, array in program.inputs.items()
+    }
+    answers = [library.TensorType(name=inside(name), dtype=np.float32) for name in program.outputs]
+    try:
+        return library.convert(
+            traced,
+            inputs=list(types.values()),
+            outputs=answers,
+            convert_to="milinternal",
+            minimum_deployment_target=_system(library, options),
+            compute_precision=precision,
+        )
+    except Exception as error:  # its converter raises whatever its parts raise
+        raise TargetError(
+            f"{PLACE}: {program.name}: coremltools cannot convert it; got {type(error).__name__}: {_reason(error)} "
+            "Leave the component out of this target, or report it with the operation that it names."
+        ) from error
+
+
+class _Clock:
+    """Knows the operations on the way from the timestep to its sines.
+
+    A timestep of 999 times a frequency has 11 bits in 16-bit floating point, which leaves a sine of it nearly random.
+    """
+
+    def __init__(self) -> None:
+        self._driven: set[str] = set()
+
+    def drives(self, operation: Any) -> bool:
+        if operation.op_type in (*_LAYERS, "const"):
+            return False
+        given = [value for values in operation.inputs.values() for value in _flat(values)]
+        given = [value for value in given if value.op is None or value.op.op_type != "const"]
+        driven = bool(given) and all(
+            value.name == _CLOCK if value.op is None else value.op.name in self._driven or self.drives(value.op)
+            for value in given
+        )
+        if driven:
+            self._driven.add(operation.name)
+        return driven
+
+
+def _flat(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def _write(
+    library: Any, built: Any, program: TorchProgram, options: CoreMlOptions, path: Path
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Save the program as a package; return the module of every operation, and the shape of every output."""
+    model = library.convert(
+        built,
+        convert_to="mlprogram",
+        minimum_deployment_target=_system(library, options),
+        compute_precision=library.precision.FLOAT32,  # as the program is: what is in 16 bits is so already
+        pass_pipeline=library.PassPipeline.EMPTY,
+        skip_model_load=True,
+    )
+    function = built.functions["main"]
+    operations = [operation for operation in function.operations if operation.op_type != "const"]
+    shapes = [tuple(_length(axis) for axis in output.shape) for output in function.outputs]
+    describe(model, program, options)
+    model.save(str(path))
+    del model
+    gc.collect()
+    modules = {inside(name): module for name, module in module_paths(operations, program.module).items()}
+    return modules, dict(zip(program.outputs, shapes, strict=True))
+
+
+def _length(axis: Any) -> int:
+    return -1 if str(axis).startswith("is") else int(axis)  # symbols are called is0, is1
+
+
+def describe(model: Any, program: TorchProgram, options: CoreMlOptions) -> None:
+    """Write into a package what it is, whose, and what goes in and out."""
+    facts = program.facts
+    model.author = facts.get("author", "")
+    model.license = options.license or "not stated; see the model that it was made from"
+    model.version = facts.get("version", "")
+    model.short_description = program.about.get("", program.name)
+    model.user_defined_metadata[DIGEST] = facts.get("weights_sha256", "")
+    model.user_defined_metadata["exporter.component"] = program.name
+    for name in facts.keys() - {"author", "version", "weights_sha256"}:
+        model.user_defined_metadata[f"exporter.{name}"] = facts[name]
+    for name in program.inputs:
+        model.input_description[inside(name)] = program.about.get(name, name)
+    for name in program.outputs:
+        model.output_description[inside(name)] = program.about.get(name, name)
+
+
+def _overflowing(path: Path, program: TorchProgram) -> dict[str, float]:
+    """Return the 16-bit operations whose results, unrounded, come near what 16 bits hold -> the largest magnitude."""
+    from targets.mil.evaluator import Evaluator
+
+    evaluator, found = Evaluator(path, rounds=False), dict[str, float]()
+    for call in program.calls:
+        feeds = {inside(name): np.atleast_1d(array) for name, array in call.items()}
+        feeds = {spec.name: np.ascontiguousarray(feeds[spec.name], spec.dtype) for spec in evaluator.inputs}
+        for operation, values in evaluator.values(feeds):
+            for spec, value in zip(operation.outputs, values, strict=True):
+                if spec.dtype != "float16" or not value.numel():
+                    continue
+                largest = float(value.abs().max())
+                if not largest <= _HEADROOM * _LARGEST:
+                    name = plain_name(spec.name)
+                    found[name] = max(found.get(name, 0.0), largest)
+    evaluator.close()
+    return found
+
+
+def inside(name: str) -> str:
+    """Return the name that a package can give a value: letters, digits and underscores."""
+    cleaned = re.sub(r"[^0-9a-zA-Z_]", "_", name)
+    return cleaned if not cleaned[:1].isdigit() else f"_{cleaned}"
+
+
+def plain_name(name: str) -> str:
+    """Return the name of an operation before it was rounded to 16 bits."""
+    return inside(_ROUNDED.sub("", name))
+
+
+def _port(name: str, program: TorchProgram) -> Port:
+    array, place = program.inputs[name], list(program.inputs).index(name)
+    shapes = tuple(shapes[place] for shapes in program.shapes)
+    return Port(name, inside(name), _type(array.dtype).__name__, tuple(array.shape), shapes)
+
+
+def _shape(library: Any, name: str, program: TorchProgram) -> Any:
+    port = _port(name, program)
+    own = port.shape or (1,)
+    shapes = list(dict.fromkeys([own, *(shape or (1,) for shape in port.shapes)]))
+    return library.EnumeratedShapes(shapes=shapes, default=own) if len(shapes) > 1 else own
+
+
+def _type(dtype: np.dtype[Any]) -> Any:
+    return np.float32 if dtype.kind == "f" else np.int32
+
+
+def _system(library: Any, options: CoreMlOptions) -> Any:
+    return getattr(library.target, options.deployment)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

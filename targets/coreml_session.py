@@ -1,0 +1,214 @@
+"""Packages of a component as a session: called in turn, by Core ML where there is one, else by our evaluator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from targets.base import (
+    Array,
+    Evidence,
+    Layer,
+    TargetError,
+    TensorSpec,
+    Timed,
+    check_feeds,
+    installed_version,
+)
+from targets.coreml import PLACE, coremltools
+from targets.coreml_package import DIGEST, Manifest, Port
+
+if TYPE_CHECKING:
+    from targets.coreml import CoreMlOptions
+
+_UNITS = {"all": "ALL", "cpu-and-neural-engine": "CPU_AND_NE", "cpu-and-gpu": "CPU_AND_GPU", "cpu": "CPU_ONLY"}
+
+
+class _Runner(Protocol):
+    """One package, loaded."""
+
+    inputs: tuple[str, ...]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]: ...
+
+    def layers(self) -> tuple[Layer, ...]: ...
+
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class CoreMlSession:
+    """The packages that a ``coreml.json`` lists.
+
+    Args:
+        path: of that file.
+        options: what may run them.
+        core_ml: run them with Core ML; False evaluates them.
+
+    Raises:
+        TargetError: a package is damaged, of another state, or not what the list says.
+    """
+
+    def __init__(self, path: Path, options: CoreMlOptions, *, core_ml: bool) -> None:
+        self._path, self._options, self._core_ml = path, options, core_ml
+        self._lock = threading.Lock()
+        self._manifest = manifest = Manifest.read(path)
+        self.inputs = tuple(_spec(port) for port in manifest.inputs)
+        self.outputs = tuple(_spec(port) for port in manifest.outputs)
+        self._ports = {port.name: port for port in manifest.inputs}
+        self._runners: tuple[_Runner, ...] | None = tuple(
+            _loaded(path.parent / name, manifest, options, core_ml=core_ml) for name in manifest.packages
+        )
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once: every package in turn, on the inputs and what those before it answered."""
+        check_feeds(self.inputs, feeds, f"{PLACE}: {self._path}")
+        with self._lock:
+            values = self._inside(feeds)
+            for runner in self._open():
+                values |= runner({name: values[name] for name in runner.inputs})
+        ports = self._manifest.outputs
+        return {port.name: _outside(values[port.inside], port) for port in ports}
+
+    def evidence(self) -> Evidence:
+        """Return the operations of the programs with the types that they declare, and what became of weights."""
+        with self._lock:
+            layers = tuple(layer for runner in self._open() for layer in runner.layers())
+        version = installed_version("coremltools")
+        how = f"Core ML, units: {self._options.compute_units}" if self._core_ml else "evaluated with torch, not Core ML"
+        notes = [f"for {self._manifest.deployment} and newer; {how}"]
+        if not self._core_ml:
+            notes.append("types are those that the program declares; where a device places an operation is not known")
+        if self._manifest.kept_in_float:
+            kept = ", ".join(f"{name} ({value:.4g})" for name, value in list(self._manifest.kept_in_float.items())[:5])
+            notes.append(f"kept in 32 bits, since they overflow 16: {len(self._manifest.kept_in_float)}: {kept}")
+        if self._manifest.weights:
+            notes.append(f"weights: {self._manifest.weights}")
+        return Evidence(f"coremltools {version}", how, self._options.precision, layers, tuple(notes))
+
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
+        """Return what every operation takes where it runs here: in the evaluator, which says nothing of a device."""
+        check_feeds(self.inputs, feeds, f"{PLACE}: {self._path}")
+        found: list[Timed] = []
+        with self._lock:
+            values = self._inside(feeds)
+            for runner in self._open():
+                fed = {name: values[name] for name in runner.inputs}
+                found += runner.profile(fed, calls)
+                values |= runner(fed)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Free the packages."""
+        with self._lock:
+            for runner in self._runners or ():
+                runner.close()
+            self._runners = None
+
+    def _open(self) -> tuple[_Runner, ...]:
+        if self._runners is None:
+            raise TargetError(f"{PLACE}: {self._path}: the session is closed. Open the engine again.")
+        return self._runners
+
+    def _inside(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        found = {}
+        for name, array in feeds.items():
+            found[self._ports[name].inside] = array.reshape(1) if array.ndim == 0 else array
+        return found
+
+
+class _Evaluated:
+    """A package that our evaluator computes."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+        from targets.mil.evaluator import Evaluator
+
+        self._evaluator = Evaluator(path, threads=threads, modules=manifest.modules)
+        self.inputs = tuple(spec.name for spec in self._evaluator.inputs)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._evaluator(feeds)
+
+    def layers(self) -> tuple[Layer, ...]:
+        return self._evaluator.evidence().layers
+
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
+        return tuple(self._evaluator.profile(feeds, calls))
+
+    def close(self) -> None:
+        self._evaluator.close()
+
+
+class _OnDevice:
+    """A package that Core ML runs; on macOS only."""
+
+    def __init__(self, path: Path, options: CoreMlOptions) -> None:
+        library: Any = coremltools()
+        self._path, self._units = path, getattr(library.ComputeUnit, _UNITS[options.compute_units])
+        self._model: Any = library.models.MLModel(str(path), compute_units=self._units)
+        self.inputs = tuple(entry.name for entry in self._model.get_spec().description.input)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        try:
+            return {name: np.asarray(value) for name, value in self._model.predict(dict(feeds)).items()}
+        except RuntimeError as error:
+            raise TargetError(f"{PLACE}: {self._path}: failed while running: {error}") from error
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return where Core ML plans to run every operation, and what each costs by its own estimate."""
+        library: Any = coremltools()
+        plan = library.models.compute_plan.MLComputePlan.load_from_path(
+            self._model.get_compiled_model_path(), compute_units=self._units
+        )
+        block = plan.model_structure.program.functions["main"].block
+        found = []
+        for operation in block.operations:
+            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
+            if usage is not None:
+                device = type(usage.preferred_compute_device).__name__.removeprefix("ML").removesuffix("ComputeDevice")
+                names = [output.name for output in operation.outputs]
+                found.append(Layer(names[0], operation.operator_name, "unknown", "", device, ",".join(names)))
+        return tuple(found)
+
+    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
+        """Return the time of whole calls, shared out by Core ML's own estimate of what operations cost."""
+        self(feeds)
+        started = time.perf_counter()
+        for _ in range(calls):
+            self(feeds)
+        whole = 1e3 * (time.perf_counter() - started) / calls
+        layers = self.layers()
+        return tuple(Timed(layer, whole / len(layers)) for layer in layers)
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _loaded(path: Path, manifest: Manifest, options: CoreMlOptions, *, core_ml: bool) -> _Runner:
+    from targets.mil.package import read_package
+
+    held = read_package(path).metadata.get(DIGEST, "")
+    if held != manifest.digest:
+        raise TargetError(
+            f"{PLACE}: {path}: a package of another state; got one made from weights {held[:12] or 'unnamed'}, "
+            f"expected {manifest.digest[:12]}. Put back the package that was compiled, or compile again."
+        )
+    return _OnDevice(path, options) if core_ml else _Evaluated(path, manifest, options.threads)
+
+
+def _spec(port: Port) -> TensorSpec:
+    shape = port.shape
+    if port.shapes:
+        axes = zip(*(port.shape, *port.shapes), strict=True)
+        shape = tuple(lengths[0] if len(set(lengths)) == 1 else -1 for lengths in axes)
+    return TensorSpec(port.name, port.dtype, shape)
+
+
+def _outside(value: Array, port: Port) -> Array:
+    return np.asarray(value, dtype=port.dtype)

@@ -1,0 +1,44 @@
+"""Networks in memory, for targets that are not compiled from ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from targets.base import Array
+
+
+@dataclass(frozen=True)
+class TorchProgram:
+    """A network in memory, and what is known of it.
+
+    Attributes:
+        name: of the component.
+        module: a `torch.nn.Module` in evaluation mode that takes the inputs in order and returns the outputs.
+        inputs: name -> example of the shape that is compiled, in order. Where one is a scalar, the module takes it with
+            one axis as well.
+        outputs: names, in order.
+        shapes: further shapes, each as long as `inputs`, that the engine takes too.
+        calls: recorded inputs of the network, to prove the engine with.
+        about: input, output or (empty name) component -> what it is, in a sentence.
+        facts: strings that go into the engine's metadata, ``weights_sha256`` among them.
+    """
+
+    name: str
+    module: Any
+    inputs: Mapping[str, Array]
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    calls: tuple[Mapping[str, Array], ...] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class FromTorch(Protocol):
+    """A target that is compiled from a network in memory, and takes no ONNX."""
+
+    def convert(self, program: TorchProgram, out: Path, options: Any) -> None:
+        """Build an engine, as `Target.compile` does; the module may be changed by it."""
