@@ -122,7 +122,7 @@ def immediate(tensor: Any, dtype: str, shape: tuple[int, ...], place: str) -> Ar
         TargetError: fewer or more elements than the shape, or a type that cannot be.
     """
     kind = tensor.WhichOneof("value")
-    held = getattr(tensor, kind).values if kind else ()
+    held: Any = getattr(tensor, kind).values if kind else ()
     if dtype == "string":
         if shape or len(held) != 1:
             raise TargetError(f"{place}: strings; got {len(held)} of shape {shape}, expected one. Convert it again.")
@@ -131,7 +131,7 @@ def immediate(tensor: Any, dtype: str, shape: tuple[int, ...], place: str) -> Ar
         expected = ", ".join((*NUMPY_TYPES, *PACKED_BITS))
         raise TargetError(f"{place}: type of a constant; got {dtype}, expected one of {expected}. Convert it anew.")
     count = int(np.prod(shape, dtype=np.int64))
-    if kind == "bytes":
+    if isinstance(held, bytes):
         if len(held) != stored_bytes(dtype, shape):
             msg = f"{place}: a damaged constant; got {len(held)} bytes, expected {stored_bytes(dtype, shape)} for "
             raise TargetError(f"{msg}{dtype} of shape {shape}. Convert the model again.")

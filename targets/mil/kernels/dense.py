@@ -35,7 +35,7 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
     return torch.matmul(x, y)
 
 
-@kernel("einsum", "values")
+@kernel("einsum", "values*")
 def einsum(values: Sequence[Tensor], equation: str) -> Tensor:
     """Return a product of two tensors, its axes named by letters."""
     return torch.einsum(equation, *values)
@@ -80,7 +80,7 @@ def padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
     return F.pad(x, turned, value=value)
 
 
-@kernel("conv", "x weight bias")
+@kernel("conv", "x weight bias", told="strides dilations groups pad_type pad")
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **told: Any) -> Tensor:
     """Return a convolution.
 
@@ -99,7 +99,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **told: Any) -> 
     return _CONV[rank](source, weight, bias, strides, pads[::2] if even else 0, dilations, told.get("groups", 1))
 
 
-@kernel("conv_transpose", "x weight bias")
+@kernel("conv_transpose", "x weight bias", told="strides dilations groups pad_type pad output_shape")
 def conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None, **told: Any) -> Tensor:
     """Return a transposed convolution.
 
@@ -129,7 +129,7 @@ def conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None, **told
     return whole if bias is None else whole + along(bias, 1, whole.ndim)
 
 
-@kernel("max_pool")
+@kernel("max_pool", told="strides pad_type pad ceil_mode")
 def max_pool(x: Tensor, kernel_sizes: Sequence[int], **told: Any) -> Tensor:
     """Return the largest element of every window (strides, pad_type, pad and ceil_mode are told)."""
     rank = x.ndim - 2
@@ -141,10 +141,8 @@ def max_pool(x: Tensor, kernel_sizes: Sequence[int], **told: Any) -> Tensor:
     return found
 
 
-@kernel("avg_pool")
-def avg_pool(
-    x: Tensor, kernel_sizes: Sequence[int], exclude_padding_from_average: bool = False, **told: Any
-) -> Tensor:
+@kernel("avg_pool", told="strides pad_type pad ceil_mode")
+def avg_pool(x: Tensor, kernel_sizes: Sequence[int], exclude_padding_from_average: bool = False, **told: Any) -> Tensor:
     """Return the mean of every window (strides, pad_type, pad and ceil_mode are told)."""
     rank = x.ndim - 2
     strides = told.get("strides") or [1] * rank
@@ -158,7 +156,7 @@ def avg_pool(
     return found / pool(padded(torch.ones_like(x), pads), kernel_sizes, strides, 0, ceil)
 
 
-@kernel("l2_pool")
+@kernel("l2_pool", told="strides pad_type pad ceil_mode")
 def l2_pool(x: Tensor, kernel_sizes: Sequence[int], **told: Any) -> Tensor:
     """Return the root of the sum of squares of every window (strides, pad_type, pad and ceil_mode are told)."""
     rank = x.ndim - 2
@@ -166,7 +164,8 @@ def l2_pool(x: Tensor, kernel_sizes: Sequence[int], **told: Any) -> Tensor:
     pads, count = pads_of(told, x.shape[2:], kernel_sizes, strides), 1
     for size in kernel_sizes:
         count *= size
-    return (_AVG_POOL[rank](padded(x.square(), pads), kernel_sizes, strides, 0) * count).sqrt()
+    mean = _AVG_POOL[rank](padded(x.square(), pads), kernel_sizes, strides, 0, told.get("ceil_mode", False))
+    return (mean * count).sqrt()
 
 
 @kernel("batch_norm", "x mean variance gamma beta")
@@ -183,9 +182,7 @@ def batch_norm(
 
 
 @kernel("instance_norm", "x gamma beta")
-def instance_norm(
-    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5
-) -> Tensor:
+def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5) -> Tensor:
     """Return every channel of every row normalized over its spatial axes; gamma and beta are (channels,)."""
     axes = tuple(range(2, x.ndim))
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)

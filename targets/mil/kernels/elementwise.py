@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from targets.mil.kernels.registry import KERNELS, Kernel, along, kernel
+from targets.mil.kernels.registry import along, kernel
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "acos": torch.acos,
@@ -81,10 +81,10 @@ def _two(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
 
 for _exact, _table in ((False, _UNARY), (True, _UNARY_EXACT)):
     for _name, _function in _table.items():
-        KERNELS[_name] = Kernel(_one(_function), frozenset("x"), _exact)
+        kernel(_name, exact=_exact)(_one(_function))
 for _exact, _pairs in ((False, _BINARY), (True, _BINARY_EXACT)):
     for _name, _pair in _pairs.items():
-        KERNELS[_name] = Kernel(_two(_pair), frozenset("xy"), _exact)
+        kernel(_name, "x y", exact=_exact)(_two(_pair))
 
 
 @kernel("identity", exact=True)

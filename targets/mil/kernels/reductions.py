@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from targets.mil.kernels.registry import KERNELS, Kernel, axes_of, kernel
+from targets.mil.kernels.registry import axes_of, kernel
 
 _Axes = Sequence[int] | int | None
 _REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...], bool], Tensor]] = {
@@ -31,7 +31,7 @@ def _reduction(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> C
 
 
 for _name, _function in _REDUCTIONS.items():
-    KERNELS[_name] = Kernel(_reduction(_function), frozenset("x"))
+    kernel(_name)(_reduction(_function))
 
 
 @kernel("reduce_prod")
@@ -70,7 +70,7 @@ def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
     return x.argsort(dim=axis, descending=not ascending, stable=True)
 
 
-@kernel("topk", exact=True)
+@kernel("topk", told="sort return_indices output_indices_dtype", exact=True)
 def topk(
     x: Tensor,
     k: int = 1,
