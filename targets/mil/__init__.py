@@ -1,0 +1,1 @@
+"""An evaluator of saved Core ML ML Programs."""
