@@ -23,6 +23,7 @@ from exporter.lowering.rivals import Lowered
 from exporter.metrics.fidelity import Answers, component_fidelity, lowering, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import Place
+from exporter.metrics.placement import placement_measurements
 from exporter.metrics.sparse import sparse_measurements
 from exporter.networks.components import Component
 from exporter.pictures import draw
@@ -81,6 +82,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
                 fed |= fed_parts(name, session, calls[0], facts.ending)
                 told_of_layers = session.evidence()
                 found += sparse_measurements(told_of_layers, place.at(name), partial(lowered.weighed, name))
+                found += placement_measurements(told_of_layers, place.at(name))
                 evidence[name] = told_of_layers.to_json()
                 sessions.pop(name).close()  # the next pair finds the memory free
                 told.advance()

@@ -183,11 +183,11 @@ def _overflowing(path: Path, program: TorchProgram) -> dict[str, float]:
     """Return the 16-bit operations whose results, unrounded, come near what 16 bits hold -> the largest magnitude."""
     from targets.mil.evaluator import Evaluator
 
-    evaluator, found = Evaluator(path, rounds=False), dict[str, float]()
+    evaluator, found = Evaluator(path), dict[str, float]()
     for call in program.calls:
         feeds = {inside(name): np.atleast_1d(array) for name, array in call.items()}
         feeds = {spec.name: np.ascontiguousarray(feeds[spec.name], spec.dtype) for spec in evaluator.inputs}
-        for operation, values in evaluator.values(feeds):
+        for operation, values in evaluator.values(feeds, rounds=False):
             for spec, value in zip(operation.outputs, values, strict=True):
                 if spec.dtype != "float16" or not value.numel():
                     continue

@@ -209,20 +209,22 @@ def lint(packages: Sequence[Package], modules: Mapping[str, str]) -> Placement:
     risky = seen = 0
     for package in packages:
         for op in _looked(package):
-            names = [rule for rule in RULES if rule.holds(op)]
-            for rule in names:
-                module = modules.get(op.operation.name) or modules.get(op.outputs[0].name)
-                broken[rule.name].append(f"{op.operation.name} ({op.operation.type}{f', {module}' if module else ''})")
+            rules = [rule for rule in RULES if rule.holds(op)]
+            for rule in rules:
+                broken[rule.name].append(_named(op.operation, modules))
             seen += 1
-            risky += any(rule.strength in COUNTED for rule in names)
+            risky += any(rule.strength in COUNTED for rule in rules)
     found = [
-        Finding(
-            rule.name, rule.strength, rule.source, rule.fix, len(broken[rule.name]), tuple(broken[rule.name][:_SHOWN])
-        )
+        Finding(rule.name, rule.strength, rule.source, rule.fix, len(names), tuple(names[:_SHOWN]))
         for rule in RULES
-        if broken[rule.name]
+        if (names := broken[rule.name])
     ]
-    return tuple(found), risky, seen
+    return Placement("Neural Engine", tuple(found), risky, seen)
+
+
+def _named(operation: Operation, modules: Mapping[str, str]) -> str:
+    module = modules.get(operation.name, "")
+    return f"{operation.name} ({operation.type}{', ' if module else ''}{module})"
 
 
 def _looked(package: Package) -> Iterable[Looked]:

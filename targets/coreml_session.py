@@ -21,7 +21,9 @@ from targets.base import (
     installed_version,
 )
 from targets.coreml import PLACE, coremltools
+from targets.coreml_lint import lint
 from targets.coreml_package import DIGEST, Manifest, Port
+from targets.mil.package import read_package
 
 if TYPE_CHECKING:
     from targets.coreml import CoreMlOptions
@@ -90,7 +92,11 @@ class CoreMlSession:
             notes.append(f"kept in 32 bits, since they overflow 16: {len(self._manifest.kept_in_float)}: {kept}")
         if self._manifest.weights:
             notes.append(f"weights: {self._manifest.weights}")
-        return Evidence(f"coremltools {version}", how, self._options.precision, layers, tuple(notes))
+        held = [read_package(self._path.parent / name) for name in self._manifest.packages]
+        placement = lint(held, self._manifest.modules)
+        return Evidence(
+            f"coremltools {version}", how, self._options.precision, layers, tuple(notes), placement=placement
+        )
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
         """Return what every operation takes where it runs here: in the evaluator, which says nothing of a device."""
@@ -191,8 +197,6 @@ class _OnDevice:
 
 
 def _loaded(path: Path, manifest: Manifest, options: CoreMlOptions, *, core_ml: bool) -> _Runner:
-    from targets.mil.package import read_package
-
     held = read_package(path).metadata.get(DIGEST, "")
     if held != manifest.digest:
         raise TargetError(

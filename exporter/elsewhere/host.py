@@ -42,6 +42,7 @@ from exporter.errors import ComponentFailed, ExporterError, Interrupted, RecipeE
 from exporter.metrics.fidelity import Answers, component_fidelity, guide, lowering, teacher_forced
 from exporter.metrics.measurement import Measurement
 from exporter.metrics.place import DENSE, Place
+from exporter.metrics.placement import placement_measurements
 from exporter.metrics.sparse import Weighed, sparse_measurements
 from exporter.networks.schedule import SCHEDULE
 from exporter.report.record import CellRecord, TargetRecord
@@ -221,6 +222,7 @@ def _cell(host: Host, state: KitState, before: Sequence[CellRecord]) -> CellReco
                 found.append(over_float(timing, _rivals(host, part)))
             told = session.evidence()
             found += sparse_measurements(told, here, partial(Weighed, part.products, part.taken))
+            found += placement_measurements(told, here)
             evidence[part.name] = told.to_json()
             fed |= fed_parts(part.name, session, calls[0], host.ending)
     found += footprint(engine, host.facts.type, host.facts.options, place, fed, untimed)

@@ -51,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "load_ms": Metric("ms", "lower", "Use the target's cache, or change the limit."),
     "peak_rss_mib": Metric("MiB", "lower", "Keep less, choose a lower precision, or change the limit."),
     "size_bytes": Metric("bytes", "lower", "Keep less, choose a lower precision, or change the limit."),
+    "neural_engine.at_risk": Metric("fraction", "lower", "See the findings in the evidence, each with its fix."),
     "sparse.eligible": Metric("layers", "higher", _SPARSE),
     "sparse.chosen": Metric("layers", "higher", _SPARSE),
     "sparse.flop_share": Metric("fraction", "higher", _SPARSE),

@@ -86,7 +86,7 @@ class Evaluator:
             return self._answers(values)
 
     def values(
-        self, feeds: Mapping[str, Array], wide: torch.dtype = torch.float32
+        self, feeds: Mapping[str, Array], wide: torch.dtype = torch.float32, *, rounds: bool = True
     ) -> Iterator[tuple[Operation, tuple[Tensor, ...]]]:
         """Run once, and give every operation with its results, in order; constants are no operations.
 
@@ -95,6 +95,7 @@ class Evaluator:
         Args:
             feeds: as for a call.
             wide: floats that every operation computes in, before its result is rounded to the declared type.
+            rounds: round results to the declared type; without that, it is seen what does not fit into 16 bits.
 
         Raises:
             TargetError: as a call does.
@@ -103,7 +104,7 @@ class Evaluator:
             values = self._fed(feeds)
         for step, frees in zip(self._steps, self._frees, strict=True):
             with self._lock, self._running():
-                results = self._run(step, values, frees, wide)
+                results = self._run(step, values, frees, wide, rounds=rounds)
             yield step.operation, results
 
     def apply(self, operation: Operation, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -223,8 +224,10 @@ class Evaluator:
         values: dict[str, Tensor],
         frees: tuple[str, ...],
         wide: torch.dtype = torch.float32,
+        *,
+        rounds: bool = True,
     ) -> tuple[Tensor, ...]:
-        results = tuple(step.run(values, self._constant, wide))
+        results = tuple(step.run(values, self._constant, wide, rounds=rounds))
         for spec, result in zip(step.operation.outputs, results, strict=True):
             values[spec.name] = result
         for name in frees:

@@ -94,7 +94,12 @@ class Step:
             yield from (source for source in sources if isinstance(source, str))
 
     def run(
-        self, values: Mapping[str, Tensor], constant: Callable[[Constant], Tensor], wide: torch.dtype
+        self,
+        values: Mapping[str, Tensor],
+        constant: Callable[[Constant], Tensor],
+        wide: torch.dtype,
+        *,
+        rounds: bool = True,
     ) -> list[Tensor]:
         """Compute the results, in the types that the program declares.
 
@@ -102,6 +107,7 @@ class Step:
             values: name -> what was computed.
             constant: makes a tensor of a constant.
             wide: the floats that it computes in.
+            rounds: round floats to the declared type; otherwise they stay as they were computed.
 
         Raises:
             TargetError: it does not compute, or gives another shape than the program declares.
@@ -126,9 +132,9 @@ class Step:
         if len(listed) != len(specs):
             msg = f"{self.place}: results; got {len(listed)}, expected {len(specs)} as the program declares."
             raise TargetError(f"{msg} Convert the model again.")
-        return [self._declared(result, spec) for result, spec in zip(listed, specs, strict=True)]
+        return [self._declared(result, spec, rounds=rounds) for result, spec in zip(listed, specs, strict=True)]
 
-    def _declared(self, result: Tensor, spec: TensorSpec) -> Tensor:
+    def _declared(self, result: Tensor, spec: TensorSpec, *, rounds: bool) -> Tensor:
         """Return a result in its declared type; raise TargetError where its shape is another than declared."""
         shape = spec.shape
         if tuple(result.shape) != shape and not (
@@ -139,7 +145,8 @@ class Step:
             raise TargetError(f"{msg} Convert the model again.")
         if spec.dtype in _WRAPPED:
             return result.long().bitwise_and(_WRAPPED[spec.dtype]).to(TORCH_TYPES[spec.dtype])
-        return result.to(TORCH_TYPES[spec.dtype])
+        kept = not rounds and spec.dtype == "float16" and result.is_floating_point()
+        return result if kept else result.to(TORCH_TYPES[spec.dtype])
 
 
 def fits(found: Sequence[int], declared: Sequence[int]) -> bool:
