@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from targets.coreml_names import module_paths
 from targets.coreml_package import DIGEST, PACKAGE, Manifest, Port
 from targets.torch_source import TorchProgram
 
+if TYPE_CHECKING:
+    from targets.mil.package import Operation
+
 _LARGEST = 65504.0
 """Of a 16-bit floating-point number."""
 _HEADROOM = 0.5
@@ -29,7 +32,7 @@ _HEADROOM = 0.5
 _CLOCK = "timestep"
 _LAYERS = ("linear", "matmul", "conv", "einsum")
 """Operations that end the way from the timestep to its sines: from there on it is an input as any other."""
-_LARGEST_RANK = 5
+LARGEST_RANK = 5
 _ROUNDED = re.compile(r"_cast_fp(16|32)$")
 
 
@@ -46,6 +49,7 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
     path = out / PACKAGE
     while True:
         built = _converted(library, traced, program, options, kept)
+        _check_ranks(built, program)
         modules, answers = _write(library, built, program, options, path)
         del built
         found = _overflowing(path, program) if options.precision == "f16" and program.calls else {}
@@ -120,6 +124,19 @@ def _pipeline(library: Any) -> Any:
     return passes
 
 
+def _check_ranks(built: Any, program: TorchProgram) -> None:
+    """Raise TargetError where a tensor has more axes than Core ML takes; its converter does not look."""
+    operations = built.functions["main"].operations
+    deep = [item for item in operations if any(value.rank > LARGEST_RANK for value in item.outputs)]
+    if deep:
+        first, rank = deep[0], max(value.rank for value in deep[0].outputs)
+        place = module_paths([first], program.module).get(first.name) or first.name
+        raise TargetError(
+            f"{PLACE}: {program.name}: {place} ({first.op_type}): a tensor of {rank} axes; Core ML takes at most "
+            f"{LARGEST_RANK}. Split or merge axes there, or leave the component out of this target."
+        )
+
+
 class _Clock:
     """Knows the operations on the way from the timestep to its sines.
 
@@ -192,29 +209,39 @@ def describe(model: Any, program: TorchProgram, options: CoreMlOptions) -> None:
 
 
 def _overflowing(path: Path, program: TorchProgram) -> dict[str, float]:
-    """Return the 16-bit operations whose results, unrounded, come near what 16 bits hold -> the largest magnitude."""
+    """Return the 16-bit operations that take or make, unrounded, what comes near their limit -> the largest magnitude.
+
+    Those that take it count too, since what was kept in 32 bits before them would be rounded for them.
+    """
     from targets.mil.evaluator import Evaluator
 
     evaluator, found = Evaluator(path), dict[str, float]()
     for call in program.calls:
-        feeds = {inside(name): np.atleast_1d(array) for name, array in call.items()}
-        feeds = {spec.name: np.ascontiguousarray(feeds[spec.name], spec.dtype) for spec in evaluator.inputs}
+        fed = {inside(name): np.atleast_1d(array) for name, array in call.items()}
+        feeds = {spec.name: np.ascontiguousarray(fed[spec.name], spec.dtype) for spec in evaluator.inputs}
+        large: dict[str, float] = {}
         for operation, values in evaluator.values(feeds, rounds=False):
             for spec, value in zip(operation.outputs, values, strict=True):
-                if spec.dtype != "float16" or not value.numel():
-                    continue
-                largest = float(value.abs().max())
+                largest = float(value.abs().max()) if value.is_floating_point() and value.numel() else 0.0
                 if not largest <= _HEADROOM * _LARGEST:
-                    name = plain_name(spec.name)
-                    found[name] = max(found.get(name, 0.0), largest)
+                    large[spec.name] = largest
+            is_half = any(spec.dtype == "float16" for spec in operation.outputs) and operation.type != "cast"
+            met = [large[name] for name in (*evaluator.takes(operation), *_made(operation)) if name in large]
+            if is_half and met:
+                name = plain_name(operation.name)
+                found[name] = max(found.get(name, 0.0), *met)
     evaluator.close()
     return found
 
 
+def _made(operation: Operation) -> tuple[str, ...]:
+    return tuple(spec.name for spec in operation.outputs)
+
+
 def inside(name: str) -> str:
-    """Return the name that a package can give a value: letters, digits and underscores."""
+    """Return the name that a package gives an operation: letters, digits and underscores, a letter first."""
     cleaned = re.sub(r"[^0-9a-zA-Z_]", "_", name)
-    return cleaned if not cleaned[:1].isdigit() else f"_{cleaned}"
+    return f"op_{cleaned}" if cleaned[:1].isdigit() else cleaned
 
 
 def plain_name(name: str) -> str:
