@@ -19,6 +19,7 @@ from targets.base import (
     require,
 )
 from targets.coreml_package import MANIFEST
+from targets.coreml_weights import check_weights
 from targets.torch_source import TorchProgram
 
 PLACE = "target coreml"
@@ -39,6 +40,10 @@ class CoreMlOptions:
         deployment: the oldest system that the packages are for; macOS 13, 14 and 15 go with iOS 16, 17 and 18.
         precision: of what is computed; in ``f16``, what overflows on recorded inputs stays in 32 bits, and so does the
             way from the timestep to its sines.
+        weights: what weights of over 2,048 numbers are stored as: ``palette-2``, ``-4``, ``-6`` and ``-8`` (indices
+            into tables), ``int8``, ``int4`` (by blocks of 32), ``sparse`` (zeros left out, the rest exact), and
+            ``sparse-palette-N`` and ``sparse-int8``. What each needs of the system is checked.
+        group: output channels that share a palette, from iOS 18 on; 0 for one table per weight.
         chunks: packages that the denoiser is cut into, each below 1 GB, as iOS wants them; 1 leaves it whole.
         compute_units: which units Core ML may choose from, where it runs.
         license: of the model, as its makers state it; goes into the packages.
@@ -47,6 +52,21 @@ class CoreMlOptions:
 
     deployment: Literal["iOS16", "iOS17", "iOS18"] = "iOS17"
     precision: Literal["f16", "f32"] = "f16"
+    weights: Literal[
+        "float",
+        "palette-2",
+        "palette-4",
+        "palette-6",
+        "palette-8",
+        "int8",
+        "int4",
+        "sparse",
+        "sparse-palette-4",
+        "sparse-palette-6",
+        "sparse-palette-8",
+        "sparse-int8",
+    ] = "float"
+    group: int = field(default=0, metadata={"minimum": 0})
     chunks: Literal[1, 2, 4] = 1
     compute_units: Literal["all", "cpu-and-neural-engine", "cpu-and-gpu", "cpu"] = "all"
     license: str = ""
@@ -90,6 +110,7 @@ class CoreMl:
             if got not in words:
                 expected = ", ".join(map(str, words))
                 raise TargetError(f"{PLACE}: {name}: got {got!r}, expected one of {expected}. Write {words[0]}.")
+        check_weights(options.weights, options.deployment, options.group)
         here = self.capabilities()
         if not here.available:
             raise TargetMissing(f"{PLACE}: {here.reason} Run: {here.install}")

@@ -20,6 +20,7 @@ from targets.coreml import PLACE, CoreMlOptions, coremltools
 from targets.coreml_chunks import chunked
 from targets.coreml_names import module_paths
 from targets.coreml_package import DIGEST, PACKAGE, Manifest, Port
+from targets.coreml_weights import compress
 from targets.torch_source import TorchProgram
 
 if TYPE_CHECKING:
@@ -50,19 +51,24 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
     while True:
         built = _converted(library, traced, program, options, kept)
         _check_ranks(built, program)
-        modules, answers = _write(library, built, program, options, path)
+        model, modules, answers = _packed(library, built, program, options)
         del built
+        model.save(str(path))
         found = _overflowing(path, program) if options.precision == "f16" and program.calls else {}
         if not found.keys() - kept.keys():
             break
         kept |= found
         shutil.rmtree(path)
+    del traced
+    weights = {} if options.weights == "float" else _compressed(model, path, options)
+    del model
+    gc.collect()
     packages = chunked(path, options.chunks) if options.chunks > 1 else [path]
     names = tuple(package.name for package in packages)
     inputs = tuple(_port(name, program) for name in program.inputs)
     outputs = tuple(Port(name, inside(name), "float32", shape) for name, shape in answers.items())
     digest = program.facts.get("weights_sha256", "")
-    manifest = Manifest(program.name, options.deployment, names, inputs, outputs, digest, modules, kept)
+    manifest = Manifest(program.name, options.deployment, names, inputs, outputs, digest, modules, kept, weights)
     manifest.write(out)
 
 
@@ -164,10 +170,10 @@ def _flat(values: Any) -> list[Any]:
     return list(values) if isinstance(values, list | tuple) else [values]
 
 
-def _write(
-    library: Any, built: Any, program: TorchProgram, options: CoreMlOptions, path: Path
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Save the program as a package; return the module of every operation, and the shape of every output."""
+def _packed(
+    library: Any, built: Any, program: TorchProgram, options: CoreMlOptions
+) -> tuple[Any, dict[str, str], dict[str, tuple[int, ...]]]:
+    """Return the program as a model, the module of every operation, and the shape of every output."""
     model = library.convert(
         built,
         convert_to="mlprogram",
@@ -180,11 +186,24 @@ def _write(
     operations = [operation for operation in function.operations if operation.op_type != "const"]
     shapes = [tuple(_length(axis) for axis in output.shape) for output in function.outputs]
     describe(model, program, options)
-    model.save(str(path))
-    del model
-    gc.collect()
     modules = {inside(name): module for name, module in module_paths(operations, program.module).items()}
-    return modules, dict(zip(program.outputs, shapes, strict=True))
+    return model, modules, dict(zip(program.outputs, shapes, strict=True))
+
+
+def _compressed(model: Any, path: Path, options: CoreMlOptions) -> dict[str, Any]:
+    """Save the model with smaller weights in its package's place; return what became of them, to be told."""
+    found = compress(model, options.weights, options.deployment, group=options.group)
+    shutil.rmtree(path)
+    found.model.save(str(path))
+    became: dict[str, int] = {}
+    for weight in found.weights:
+        became[weight.became] = became.get(weight.became, 0) + 1
+    return {
+        "asked": options.weights,
+        "became": became,
+        "bytes": [sum(weight.before for weight in found.weights), sum(weight.after for weight in found.weights)],
+        "left": {weight.op: weight.why for weight in found.weights if weight.why},
+    }
 
 
 def _length(axis: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -90,8 +91,7 @@ class CoreMlSession:
         if self._manifest.kept_in_float:
             kept = ", ".join(f"{name} ({value:.4g})" for name, value in list(self._manifest.kept_in_float.items())[:5])
             notes.append(f"kept in 32 bits, since they overflow 16: {len(self._manifest.kept_in_float)}: {kept}")
-        if self._manifest.weights:
-            notes.append(f"weights: {self._manifest.weights}")
+        notes += weight_notes(self._manifest.weights)
         held = [read_package(self._path.parent / name) for name in self._manifest.packages]
         placement = lint(held, self._manifest.modules)
         return Evidence(
@@ -204,6 +204,18 @@ def _loaded(path: Path, manifest: Manifest, options: CoreMlOptions, *, core_ml: 
             f"expected {manifest.digest[:12]}. Put back the package that was compiled, or compile again."
         )
     return _OnDevice(path, options) if core_ml else _Evaluated(path, manifest, options.threads)
+
+
+def weight_notes(told: Mapping[str, Any]) -> list[str]:
+    """Return what became of the weights, in sentences; what was left and why, the commonest reasons first."""
+    if not told:
+        return []
+    before, after = told["bytes"]
+    forms = ", ".join(f"{form} {count}" for form, count in sorted(told["became"].items(), key=lambda item: -item[1]))
+    reasons = Counter(told["left"].values()).most_common(3)
+    left = "; ".join(f"{count} because {why}" for why, count in reasons)
+    found = [f"weights as {told['asked']}: stored are {forms}; {after / before:.3f} of the bytes in floating point"]
+    return [*found, f"of these, otherwise than asked: {left}"] if left else found
 
 
 def _spec(port: Port) -> TensorSpec:

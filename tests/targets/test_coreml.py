@@ -135,6 +135,19 @@ def test_what_overflows_on_recorded_inputs_stays_in_32_bits_and_is_told(tmp_path
     assert by_type["conv"] == "f16", "what fits stays in 16 bits"
 
 
+def test_smaller_weights_are_stored_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("targets.coreml_weights.LEAST", 100)
+    session = converted(tmp_path / "small", weights="palette-4")
+    notes = " ".join(session.evidence().notes)
+    assert "weights as palette-4: stored are palette-4 2, float 2" in notes
+    assert "2 because no more than 100 elements" in notes
+    unpacked = [layer.origin for layer in session.evidence().layers if layer.type == "constexpr_lut_to_dense"]
+    assert len(unpacked) == 2
+    feeds = fed(10.0)
+    want, got = answered(Net(), feeds), session(feeds)["out"]
+    assert 1e-3 < np.abs(got - want).max() / np.abs(want).max() < 0.2, "sixteen values are few, not none"
+
+
 def test_chunks_answer_as_the_whole_and_are_described(tmp_path, engine):
     import coremltools
 
@@ -235,6 +248,8 @@ def test_an_onnx_file_and_a_schedule_are_refused(tmp_path):
         ({"chunks": 3}, "chunks: got 3, expected one of 1, 2, 4"),
         ({"compute_units": "ane"}, "compute_units: got 'ane', expected one of all"),
         ({"threads": 0}, "threads: got 0"),
+        ({"weights": "int4"}, "got int4 for iOS17, expected at least iOS18"),
+        ({"weights": "palette-6", "group": 16}, "got palette-6 in groups of 16 for iOS17"),
     ],
 )
 def test_options_are_checked_before_any_work(wrong, said):
