@@ -97,11 +97,11 @@ class _Rewrite:
         if module not in self.made:
             rule = _RULES.get(type(module))
             if rule is None:
-                raise self.unknown(path, "a module of this class", type(module).__name__, "one that diffusers' U-Nets "
-                                   "of text and transformers' CLIP have")  # fmt: skip
+                raise self.unknown(
+                    path, "modules of this class", type(module).__name__, "one of U-Nets with text or CLIP"
+                )
             if "forward" in vars(module):
-                raise self.unknown(path, "a forward of its own", "one set on the module, as accelerate's hooks do",
-                                   "its class's")  # fmt: skip
+                raise self.unknown(path, "a forward set on a module", "one, as hooks of accelerate do", "its class's")
             self.made[module] = rule(self, path, module)
         return self.made[module]
 
@@ -178,19 +178,18 @@ def _convolution(rewrite: _Rewrite, path: str, module: nn.Module) -> nn.Module:
 
 def _attention(rewrite: _Rewrite, path: str, module: nn.Module) -> nn.Module:
     only = ("to_q", "to_k", "to_v", "to_out")
-    made = _becomes(layers.Attention, only=only, refuses=_unlike_attention)(rewrite, path, module)
-    found = cast("Any", module)
-    made.head_width = _width(found.to_k) // found.heads
-    plain = type(found.processor) is attention_processor.AttnProcessor
-    made.scale = found.scale if plain else made.head_width**-0.5
+    made = cast("Any", _becomes(layers.Attention, only=only, refuses=_unlike_attention)(rewrite, path, module))
+    made.head_width = _width(made.to_k) // made.heads
+    if type(made.processor) is attention_processor.AttnProcessor2_0:  # it scales by the heads, not by what is stated
+        made.scale = made.head_width**-0.5
     made.query_chunk = rewrite.query_chunk
-    return made
+    return cast("nn.Module", made)
 
 
 def _clip_attention(rewrite: _Rewrite, path: str, module: nn.Module) -> nn.Module:
-    made = _becomes(layers.CLIPAttention, refuses=_unlike_clip)(rewrite, path, module)
+    made = cast("Any", _becomes(layers.CLIPAttention, refuses=_unlike_clip)(rewrite, path, module))
     made.query_chunk = rewrite.query_chunk
-    return made
+    return cast("nn.Module", made)
 
 
 def _text_model(rewrite: _Rewrite, path: str, module: nn.Module) -> nn.Module:

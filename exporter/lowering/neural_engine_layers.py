@@ -46,15 +46,17 @@ def split_attention(
         (rows, channels, 1, queries).
     """
     query, key, value = states
-    keys, values = key.transpose(1, 3).split(head_width, dim=3), value.split(head_width, dim=1)
+    keys, values = torch.split(key.transpose(1, 3), head_width, dim=3), torch.split(value, head_width, dim=1)
+    query = query * scale
     if query_chunk is None:
-        return _attend((query * scale).split(head_width, dim=1), keys, values, bias)
-    parts = []
-    chunks = (query * scale).split(query_chunk, dim=3)
-    biases = [bias] * len(chunks) if bias is None or bias.shape[3] == 1 else list(bias.split(query_chunk, dim=3))
-    for chunk, own in zip(chunks, biases, strict=True):
-        parts.append(_attend(chunk.split(head_width, dim=1), keys, values, own))
-    return torch.cat(parts, dim=3)
+        return _attend(torch.split(query, head_width, dim=1), keys, values, bias)
+    chunks = torch.split(query, query_chunk, dim=3)
+    own = (bias,) * len(chunks) if bias is None or bias.shape[3] == 1 else torch.split(bias, query_chunk, dim=3)
+    answers = [
+        _attend(torch.split(chunk, head_width, dim=1), keys, values, part)
+        for chunk, part in zip(chunks, own, strict=True)
+    ]
+    return torch.cat(answers, dim=3)
 
 
 def _attend(
@@ -174,7 +176,7 @@ class GEGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (rows, neurons, 1, tokens) from (rows, channels, 1, tokens)."""
-        kept, gate = self.proj(hidden).chunk(2, dim=1)
+        kept, gate = torch.chunk(self.proj(hidden), 2, dim=1)
         return kept * F.gelu(gate)
 
 
@@ -185,7 +187,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (rows, neurons, 1, tokens) from (rows, channels, 1, tokens)."""
-        kept, gate = self.proj(hidden).chunk(2, dim=1)
+        kept, gate = torch.chunk(self.proj(hidden), 2, dim=1)
         return kept * F.silu(gate)
 
 

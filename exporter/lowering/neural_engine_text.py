@@ -81,7 +81,7 @@ class CLIPTextModel(transformers.CLIPTextModel):  # type: ignore[misc]
         scores = ids if self.eos_token_id == _FIRST_TOKENIZERS else (ids == self.eos_token_id).to(torch.int)
         place = scores.argmax(dim=1, keepdim=True)
         chosen = torch.arange(ids.shape[1], device=ids.device)[None] == place
-        return (last * chosen.to(last.dtype)[:, None, None]).sum(dim=3).flatten(1)
+        return (last * chosen.to(last.dtype)[:, None, None]).sum(dim=3).squeeze(2)
 
 
 class CLIPTextModelWithProjection(transformers.CLIPTextModelWithProjection):  # type: ignore[misc]
@@ -95,10 +95,10 @@ class CLIPTextModelWithProjection(transformers.CLIPTextModelWithProjection):  # 
         output_hidden_states: bool | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Encode a text; see `CLIPTextModel.forward`: ``text_embeds`` (rows, projected width) is first, not ``pooler_output``."""
+        """Encode a text as `CLIPTextModel.forward` does; ``text_embeds`` (rows, width) comes first, no pooled state."""
         found = self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
         answer = CLIPTextModelOutput(
-            text_embeds=self.text_projection(found.pooler_output[:, :, None, None]).flatten(1),
+            text_embeds=self.text_projection(found.pooler_output[:, :, None, None])[:, :, 0, 0],
             last_hidden_state=found.last_hidden_state,
             hidden_states=found.hidden_states,
         )
@@ -107,4 +107,4 @@ class CLIPTextModelWithProjection(transformers.CLIPTextModelWithProjection):  # 
 
 def _sequence(hidden: Tensor) -> Tensor:
     """Return (rows, tokens, width) from (rows, width, 1, tokens)."""
-    return hidden[:, :, 0].transpose(1, 2)
+    return hidden.squeeze(2).transpose(1, 2)

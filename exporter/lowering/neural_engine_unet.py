@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -98,7 +98,7 @@ class ResnetBlock2D(nn.Module):
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         answer = input_tensor + hidden
-        return answer if self.output_scale_factor == 1.0 else answer / self.output_scale_factor
+        return cast("Tensor", answer if self.output_scale_factor == 1.0 else answer / self.output_scale_factor)
 
 
 class Transformer2DModel(nn.Module):
@@ -172,4 +172,4 @@ class BasicTransformerBlock(nn.Module):
             hidden = hidden + self.attn2(
                 normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
             )
-        return hidden + self.ff(self.norm3(hidden))
+        return cast("Tensor", hidden + self.ff(self.norm3(hidden)))
