@@ -180,17 +180,6 @@ class GEGLU(nn.Module):
         return kept * F.gelu(gate)
 
 
-class SwiGLU(nn.Module):
-    """diffusers' `SwiGLU` with the gate in the second half of the channels."""
-
-    proj: nn.Module
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return (rows, neurons, 1, tokens) from (rows, channels, 1, tokens)."""
-        kept, gate = torch.chunk(self.proj(hidden), 2, dim=1)
-        return kept * F.silu(gate)
-
-
 class Zero(nn.Module):
     """The stand-in of that name in a linear layer's place, whose width is the second axis here."""
 
