@@ -66,9 +66,9 @@ class DenoiserForward(nn.Module):
             (rows, ...) float32.
         """
         rows, check = inputs[0].shape[0], cast("Any", torch)._check
-        open_axes = {} if torch.jit.is_tracing() else self._open  # torch.jit.trace fixes every shape
+        fixed = cast("Any", torch.jit).is_tracing()  # its shapes are tensors
         for name, given in zip(self._names, inputs, strict=True):
-            if open_axes.get(name, {}).get(0) == "batch":
+            if not fixed and self._open.get(name, {}).get(0) == "batch":
                 check(given.shape[0] == rows)  # one batch: an exporter would take each input's for one of its own
         arguments = as_arguments(dict(zip(self._names, inputs, strict=True)))
         return cast("Tensor", self.net(**arguments, return_dict=False)[0])

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from scrambled_networks import clip, made, one_level, unet
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from exporter.errors import ComponentFailed
 from exporter.lowering.neural_engine import neural_engine_form
 from exporter.lowering.wrappers import Sizes, example_feeds, signature, wrap
 from exporter.networks.probe import example_inputs, run_probe
@@ -23,64 +23,9 @@ from exporter.networks.surgery import Snapshot, diff
 from exporter.progress import Silent
 from exporter.pruners import pruner
 from exporter.pruners.base import PARTS, Context
-from exporter.random_weights.families import family
 
 SIZES = Sizes(rows=2, latent=8, tokens=6)
 CLOSE = 1e-4
-CLASSES = {cls.__name__: cls for cls in (UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection)}
-
-
-def scrambled(network: nn.Module) -> nn.Module:
-    """Norms that do nothing and biases of zero would hide what is left out."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.eval()
-
-
-def made(name: str, folder: str) -> Any:
-    """The tiny network of a published model's config."""
-    part = next(part for part in family(name, tiny=True).parts if part.folder == folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        if part.cls == "UNet2DConditionModel":
-            return scrambled(UNet2DConditionModel(**part.config))
-        return scrambled(CLASSES[part.cls](CLIPTextConfig(**part.config)))
-
-
-def unet(**changes: Any) -> Any:
-    options = {
-        "sample_size": 8,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": (2, 4),
-        "cross_attention_dim": 12,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return scrambled(UNet2DConditionModel(**{**options, **changes}))
-
-
-def clip(cls: Any = CLIPTextModel, **changes: Any) -> Any:
-    options = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "projection_dim": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 10,
-        "bos_token_id": 48,
-        "eos_token_id": 49,
-        "pad_token_id": 49,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return scrambled(cls(CLIPTextConfig(**{**options, **changes})))
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
@@ -205,20 +150,15 @@ def test_a_text_encoder_answers_objects_and_tuples() -> None:
 
 
 def test_masks_hide_the_same() -> None:
-    one_level = unet(
-        block_out_channels=(16,),
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )
-    form, feeds = neural_engine_form("unet", one_level), example_inputs(one_level, batch=2, tokens=5)
+    network = one_level()
+    form, feeds = neural_engine_form("unet", network), example_inputs(network, batch=2, tokens=5)
     generator = torch.Generator().manual_seed(1)
     text = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     pixels = (torch.rand(2, 64, generator=generator) > 0.3).long()
     with torch.no_grad():
-        plain = one_level(**feeds).sample
+        plain = network(**feeds).sample
         for masks in ({"encoder_attention_mask": text}, {"attention_mask": pixels}):
-            want = one_level(**feeds, **masks).sample
+            want = network(**feeds, **masks).sample
             assert (want - plain).abs().max() > 1e-3
             assert_close(form(**feeds, **masks).sample, want)
 
@@ -350,94 +290,3 @@ def test_stand_ins_and_missing_parts_answer_alike() -> None:
     layers[0].self_attn, layers[1].self_attn = (stand_in(kind, layers[0].self_attn) for kind in ("zero", "bypass"))
     layers[2].mlp = stand_in("zero", layers[2].mlp)
     assert_same(text)
-
-
-class Unheard(nn.Linear):
-    """A layer of which nothing is known."""
-
-
-def refuse_processor(network: Any) -> str:
-    network.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(SlicedAttnProcessor(2))
-    return (
-        r"unet: mid_block\.attentions\.0\.transformer_blocks\.0\.attn1: .*SlicedAttnProcessor, expected AttnProcessor"
-    )
-
-
-def refuse_norm(network: Any) -> str:
-    network.mid_block.attentions[0].transformer_blocks[0].norm1 = nn.RMSNorm(32)
-    return r"transformer_blocks\.0\.norm1: .* got RMSNorm"
-
-
-def refuse_gate(network: Any) -> str:
-    network.mid_block.attentions[0].transformer_blocks[0].fuser = nn.Identity()
-    return r"transformer_blocks\.0\.fuser: .* got Identity, expected of BasicTransformerBlock only norm1"
-
-
-def refuse_kind(network: Any) -> str:
-    network.mid_block.attentions[0].transformer_blocks[0].norm_type = "ada_norm"
-    return r"transformer_blocks\.0: .* got ada_norm, expected layer_norm"
-
-
-def refuse_widths(network: Any) -> str:
-    attention = network.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    attention.to_v = nn.Linear(12, 8, bias=False)
-    return r"attn2: .* got \[16, 16, 8\], expected three times one multiple of 2 heads"
-
-
-def refuse_layer(network: Any) -> str:
-    network.mid_block.resnets[0].time_emb_proj = Unheard(64, 32)
-    return r"unet: mid_block\.resnets\.0\.time_emb_proj: .* got Unheard"
-
-
-def refuse_freeu(network: Any) -> str:
-    network.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    return r"unet: up_blocks\.0: .*FreeU"
-
-
-def refuse_hook(network: Any) -> str:
-    network.conv_in.forward = lambda hidden: hidden
-    return r"unet: conv_in: .* a forward set on a module"
-
-
-def refuse_class_embedding(network: Any) -> str:
-    network.class_embedding = nn.Embedding(3, 64)
-    return r"unet: class_embedding: .* got Embedding, expected of UNet2DConditionModel only conv_in"
-
-
-REFUSALS = [value for name, value in list(globals().items()) if name.startswith("refuse_")]
-
-
-@pytest.mark.parametrize("damage", REFUSALS, ids=lambda damage: damage.__name__.removeprefix("refuse_"))
-def test_what_is_not_known_is_refused_by_name(damage: Callable[[Any], str]) -> None:
-    network = unet()
-    with pytest.raises(ComponentFailed, match=damage(network)) as caught:
-        neural_engine_form("unet", network)
-    assert "Convert this component as it is" in str(caught.value)
-
-
-def test_other_blocks_and_adapters_are_refused() -> None:
-    simple = unet(
-        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-    )
-    with pytest.raises(ComponentFailed, match=r"unet: down_blocks\.1: .* got SimpleCrossAttnDownBlock2D"):
-        neural_engine_form("unet", simple)
-    fused = unet()
-    fused.fuse_qkv_projections()
-    with pytest.raises(ComponentFailed, match=r"attn1\.to_qkv: .* expected of Attention only to_q, to_k, to_v, to_out"):
-        neural_engine_form("unet", fused)
-
-
-@pytest.mark.parametrize(
-    "network",
-    [
-        lambda: DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=8),
-        lambda: T5EncoderModel(T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
-        lambda: neural_engine_form("unet", unet()),
-    ],
-    ids=["DiT", "T5", "a form"],
-)
-def test_other_networks_are_refused(network: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ComponentFailed, match=r"part: .* expected one of UNet2DConditionModel, CLIPTextModel, "):
-        neural_engine_form("part", network())
