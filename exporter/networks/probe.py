@@ -79,6 +79,8 @@ def _unet(module: nn.Module, sizes: tuple[int, int, int], generator: torch.Gener
         "timestep": torch.randint(0, 1000, (batch,), generator=generator),
         "encoder_hidden_states": torch.randn(batch, tokens, text_width(module), generator=generator),
     }
+    if getattr(module, "channels_first_text", False):  # a form for the Neural Engine
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].transpose(1, 2)[:, :, None]
     names = inputs_of("UNet2DConditionModel", unet.config)
     if "timestep_cond" in names:
         inputs["timestep_cond"] = torch.randn(batch, int(unet.config.time_cond_proj_dim), generator=generator)
@@ -107,6 +109,8 @@ def text_width(unet: nn.Module) -> int:
         key = getattr(child, "to_k", None) if name.endswith("attn2") else None
         if isinstance(key, nn.Linear):
             return key.in_features
+        if isinstance(key, nn.Conv2d):  # a form for the Neural Engine
+            return key.in_channels
     width = cast("Any", unet).config.cross_attention_dim
     return int(width if isinstance(width, int) else width[0])
 
