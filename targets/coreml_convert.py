@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from targets.base import TargetError
+from targets.base import Array, TargetError
 from targets.coreml import PLACE, CoreMlOptions, coremltools
 from targets.coreml_chunks import chunked
 from targets.coreml_names import module_paths
-from targets.coreml_package import DIGEST, PACKAGE, Manifest, Port
+from targets.coreml_package import DIGEST, FORMS, PACKAGE, Manifest, Port
 from targets.coreml_weights import compress
 from targets.torch_source import TorchProgram
 
@@ -65,8 +65,8 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
     gc.collect()
     packages = chunked(path, options.chunks) if options.chunks > 1 else [path]
     names = tuple(package.name for package in packages)
-    inputs = tuple(_port(name, program) for name in program.inputs)
-    outputs = tuple(Port(name, inside(name), "float32", shape) for name, shape in answers.items())
+    inputs = tuple(_ports(program).values())
+    outputs = tuple(Port(name, _outside(name, program), "float32", shape) for name, shape in answers.items())
     digest = program.facts.get("weights_sha256", "")
     manifest = Manifest(program.name, options.deployment, names, inputs, outputs, digest, modules, kept, weights)
     manifest.write(out)
@@ -77,7 +77,7 @@ def _traced(program: TorchProgram) -> Any:
     import torch
 
     jit: Any = torch.jit
-    examples = tuple(torch.from_numpy(np.atleast_1d(array).copy()) for array in program.inputs.values())
+    examples = tuple(torch.from_numpy(array.copy()) for array in _taken(program, program.inputs).values())
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", jit.TracerWarning)
@@ -97,15 +97,12 @@ def _converted(
         precision = library.transform.FP16ComputePrecision(
             op_selector=lambda operation: not clock.drives(operation) and plain_name(operation.name) not in kept
         )
-    types = {
-        name: library.TensorType(name=inside(name), shape=_shape(library, name, program), dtype=_type(array.dtype))
-        for name, array in program.inputs.items()
-    }
-    answers = [library.TensorType(name=inside(name), dtype=np.float32) for name in program.outputs]
+    takes = [_takes(library, port, program) for port in _ports(program).values()]
+    answers = [library.TensorType(name=_outside(name, program), dtype=np.float32) for name in program.outputs]
     try:
         return library.convert(
             traced,
-            inputs=list(types.values()),
+            inputs=takes,
             outputs=answers,
             convert_to="milinternal",
             minimum_deployment_target=_system(library, options),
@@ -221,10 +218,10 @@ def describe(model: Any, program: TorchProgram, options: CoreMlOptions) -> None:
     model.user_defined_metadata["exporter.component"] = program.name
     for name in facts.keys() - {"author", "version", "weights_sha256"}:
         model.user_defined_metadata[f"exporter.{name}"] = facts[name]
-    for name in program.inputs:
-        model.input_description[inside(name)] = program.about.get(name, name)
+    for name, port in _ports(program).items():
+        model.input_description[port.inside] = program.about.get(name, name)
     for name in program.outputs:
-        model.output_description[inside(name)] = program.about.get(name, name)
+        model.output_description[_outside(name, program)] = program.about.get(name, name)
 
 
 def _overflowing(path: Path, program: TorchProgram) -> dict[str, float]:
@@ -236,7 +233,7 @@ def _overflowing(path: Path, program: TorchProgram) -> dict[str, float]:
 
     evaluator, found = Evaluator(path), dict[str, float]()
     for call in program.calls:
-        fed = {inside(name): np.atleast_1d(array) for name, array in call.items()}
+        fed = _taken(program, call)
         feeds = {spec.name: np.ascontiguousarray(fed[spec.name], spec.dtype) for spec in evaluator.inputs}
         large: dict[str, float] = {}
         for operation, values in evaluator.values(feeds, rounds=False):
@@ -268,17 +265,33 @@ def plain_name(name: str) -> str:
     return inside(_ROUNDED.sub("", name))
 
 
-def _port(name: str, program: TorchProgram) -> Port:
-    array, place = program.inputs[name], list(program.inputs).index(name)
-    shapes = tuple(shapes[place] for shapes in program.shapes)
-    return Port(name, inside(name), _type(array.dtype).__name__, tuple(array.shape), shapes)
+def _ports(program: TorchProgram) -> dict[str, Port]:
+    """Return the inputs: as callers know them, and as the packages take them."""
+    found = {}
+    for place, (name, array) in enumerate(program.inputs.items()):
+        called, form = program.ports.get(name, (inside(name), FORMS[0]))
+        shapes = tuple(shapes[place] for shapes in program.shapes)
+        found[name] = Port(name, called, _type(array.dtype).__name__, tuple(array.shape), shapes, form)
+    return found
 
 
-def _shape(library: Any, name: str, program: TorchProgram) -> Any:
-    port = _port(name, program)
-    own = port.shape or (1,)
+def _outside(name: str, program: TorchProgram) -> str:
+    return program.ports.get(name, (inside(name), ""))[0]
+
+
+def _taken(program: TorchProgram, call: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a call as the packages take it, in order."""
+    rows = max(array.shape[0] for array in program.inputs.values() if array.ndim)
+    return {port.inside: port.taken(call[name], rows) for name, port in _ports(program).items()}
+
+
+def _takes(library: Any, port: Port, program: TorchProgram) -> Any:
+    """Return an input as coremltools is told of it."""
+    own = tuple(_taken(program, program.inputs)[port.inside].shape)
     shapes = list(dict.fromkeys([own, *(shape or (1,) for shape in port.shapes)]))
-    return library.EnumeratedShapes(shapes=shapes, default=own) if len(shapes) > 1 else own
+    shape = library.EnumeratedShapes(shapes=shapes, default=own) if len(shapes) > 1 else own
+    dtype = np.float32 if port.form == "as floats" else np.dtype(port.dtype).type
+    return library.TensorType(name=port.inside, shape=shape, dtype=dtype)
 
 
 def _type(dtype: np.dtype[Any]) -> Any:

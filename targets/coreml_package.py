@@ -8,13 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from targets.base import TargetError
+import numpy as np
+
+from targets.base import Array, TargetError
 
 MANIFEST = "coreml.json"
 PACKAGE = "model.mlpackage"
 DIGEST = "exporter.weights_sha256"
 """Key of a package's metadata: whose weights it holds."""
 _FORMAT = 1
+FORMS = ("as it is", "channels first", "for each row", "as floats")
+"""How a package takes an input: as callers give it, scalars in one axis; text states (rows, tokens, width) as (rows,
+width, 1, tokens); one number once for every row; integers as floats."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Port:
         dtype: numpy's name of the element type.
         shape: of the caller's arrays; Core ML has no scalars, where packages take one number in one axis.
         shapes: further shapes that it may have.
+        form: how the packages take it, one of `FORMS`.
     """
 
     name: str
@@ -34,6 +40,20 @@ class Port:
     dtype: str
     shape: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...] = ()
+    form: str = "as it is"
+
+    def taken(self, array: Array, rows: int) -> Array:
+        """Return a caller's array as the packages take it.
+
+        Args:
+            array: of a shape of the port.
+            rows: of the other inputs, for a number that is wanted once for each.
+        """
+        if self.form == "channels first":
+            return np.ascontiguousarray(array.transpose(0, 2, 1)[:, :, None])
+        if self.form == "for each row":
+            return np.repeat(array.reshape(1), rows)
+        return np.ascontiguousarray(np.atleast_1d(array), np.float32 if self.form == "as floats" else None)
 
 
 @dataclass(frozen=True)

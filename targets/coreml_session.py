@@ -123,10 +123,8 @@ class CoreMlSession:
         return self._runners
 
     def _inside(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        found = {}
-        for name, array in feeds.items():
-            found[self._ports[name].inside] = array.reshape(1) if array.ndim == 0 else array
-        return found
+        rows = max(array.shape[0] for array in feeds.values() if array.ndim)
+        return {self._ports[name].inside: self._ports[name].taken(array, rows) for name, array in feeds.items()}
 
 
 class _Evaluated:

@@ -23,6 +23,8 @@ class TorchProgram:
         shapes: further shapes, each as long as `inputs`, that the engine takes too.
         calls: recorded inputs of the network, to prove the engine with.
         about: input, output or (empty name) component -> what it is, in a sentence.
+        ports: input or output -> what the engine calls it, and how it takes it (`targets.coreml_package.FORMS`), where
+            a loader of its own expects that; `inputs` and `calls` are as callers give them all the same.
         facts: strings that go into the engine's metadata, ``weights_sha256`` among them.
     """
 
@@ -33,6 +35,7 @@ class TorchProgram:
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     calls: tuple[Mapping[str, Array], ...] = ()
     about: Mapping[str, str] = field(default_factory=dict)
+    ports: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
