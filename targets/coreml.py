@@ -44,6 +44,10 @@ class CoreMlOptions:
             into tables), ``int8``, ``int4`` (by blocks of 32), ``sparse`` (zeros left out, the rest exact), and
             ``sparse-palette-N`` and ``sparse-int8``. What each needs of the system is checked.
         group: output channels that share a palette, from iOS 18 on; 0 for one table per weight.
+        neural_engine: write U-Nets and CLIP text encoders in the form that Apple advises for the Neural Engine; other
+            networks stay as they are.
+        layout: ``swift`` adds a folder with the names and shapes that Apple's Swift package StableDiffusion takes; it
+            needs the form for the Neural Engine, and a batch of one image.
         chunks: packages that the denoiser is cut into, each below 1 GB, as iOS wants them; 1 leaves it whole.
         compute_units: which units Core ML may choose from, where it runs.
         license: of the model, as its makers state it; goes into the packages.
@@ -67,6 +71,8 @@ class CoreMlOptions:
         "sparse-int8",
     ] = "float"
     group: int = field(default=0, metadata={"minimum": 0})
+    neural_engine: bool = False
+    layout: Literal["plain", "swift"] = "plain"
     chunks: Literal[1, 2, 4] = 1
     compute_units: Literal["all", "cpu-and-neural-engine", "cpu-and-gpu", "cpu"] = "all"
     license: str = ""
@@ -103,6 +109,7 @@ class CoreMl:
             "deployment": DEPLOYMENTS,
             "precision": ("f16", "f32"),
             "chunks": (1, 2, 4),
+            "layout": ("plain", "swift"),
             "compute_units": UNITS,
         }
         for name, words in allowed.items():
@@ -110,6 +117,12 @@ class CoreMl:
             if got not in words:
                 expected = ", ".join(map(str, words))
                 raise TargetError(f"{PLACE}: {name}: got {got!r}, expected one of {expected}. Write {words[0]}.")
+        if options.layout == "swift" and (not options.neural_engine or options.chunks == 4):
+            got = f"neural_engine: {str(options.neural_engine).lower()}, chunks: {options.chunks}"
+            raise TargetError(
+                f"{PLACE}: layout: swift: got {got}, expected neural_engine: true, since Apple's package feeds text "
+                "states channels first, and chunks: 1 or 2, which is what it loads. Write these."
+            )
         check_weights(options.weights, options.deployment, options.group)
         here = self.capabilities()
         if not here.available:

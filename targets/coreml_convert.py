@@ -10,6 +10,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from targets.coreml import PLACE, CoreMlOptions, coremltools
 from targets.coreml_chunks import chunked
 from targets.coreml_names import module_paths
 from targets.coreml_package import DIGEST, FORMS, PACKAGE, Manifest, Port
+from targets.coreml_passes import pipeline
 from targets.coreml_weights import compress
 from targets.torch_source import TorchProgram
 
@@ -45,6 +47,7 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
         TargetError: the network does not convert, or what came of it breaks one of Core ML's limits.
     """
     library: Any = coremltools()
+    program = _of_floats(program)
     traced = _traced(program)
     kept: dict[str, float] = {}
     path = out / PACKAGE
@@ -63,13 +66,35 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
     weights = {} if options.weights == "float" else _compressed(model, path, options)
     del model
     gc.collect()
-    packages = chunked(path, options.chunks) if options.chunks > 1 else [path]
+    packages = chunked(path, options.chunks) if options.chunks > 1 and program.is_denoiser else [path]
     names = tuple(package.name for package in packages)
     inputs = tuple(_ports(program).values())
     outputs = tuple(Port(name, _outside(name, program), "float32", shape) for name, shape in answers.items())
     digest = program.facts.get("weights_sha256", "")
     manifest = Manifest(program.name, options.deployment, names, inputs, outputs, digest, modules, kept, weights)
     manifest.write(out)
+
+
+def _of_floats(program: TorchProgram) -> TorchProgram:
+    """Return a program whose module takes floats where a loader feeds its integers as such."""
+    import torch
+
+    forms = [port.form for port in _ports(program).values()]
+    if "as floats" not in forms:
+        return program
+
+    class OfFloats(torch.nn.Module):
+        """Takes integers as floats."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = program.module
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            given = zip(inputs, forms, strict=True)
+            return self.net(*(value.int() if form == "as floats" else value for value, form in given))
+
+    return replace(program, module=OfFloats())
 
 
 def _traced(program: TorchProgram) -> Any:
@@ -107,24 +132,13 @@ def _converted(
             convert_to="milinternal",
             minimum_deployment_target=_system(library, options),
             compute_precision=precision,
-            pass_pipeline=_pipeline(library),
+            pass_pipeline=pipeline(),
         )
     except Exception as error:  # its converter raises whatever its parts raise
         raise TargetError(
             f"{PLACE}: {program.name}: coremltools cannot convert it; got {type(error).__name__}: {_reason(error)} "
             "Leave the component out of this target, or report it with the operation that it names."
         ) from error
-
-
-def _pipeline(library: Any) -> Any:
-    """Return coremltools' passes but for those that change what a network answers.
-
-    Products and sums by channel become a batch_norm of variance 1, whose epsilon of 1e-5 then divides everything by
-    1.000005. That is more than all rounding in 32 bits, behind every group normalization.
-    """
-    passes = library.PassPipeline.DEFAULT
-    passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
-    return passes
 
 
 def _check_ranks(built: Any, program: TorchProgram) -> None:

@@ -26,6 +26,7 @@ class TorchProgram:
         ports: input or output -> what the engine calls it, and how it takes it (`targets.coreml_package.FORMS`), where
             a loader of its own expects that; `inputs` and `calls` are as callers give them all the same.
         facts: strings that go into the engine's metadata, ``weights_sha256`` among them.
+        is_denoiser: whether it is the network that the others are small beside.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TorchProgram:
     about: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    is_denoiser: bool = False
 
 
 @runtime_checkable

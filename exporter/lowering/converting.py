@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -22,8 +22,10 @@ from calibration.recording import Recording
 from exporter import __version__
 from exporter.errors import ComponentFailed, ExporterError
 from exporter.lowering.feeds import recorded_calls, spread
+from exporter.lowering.neural_engine import NETWORKS, neural_engine_form
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.pinned import pin_timesteps
+from exporter.lowering.swift import SWIFT_PORTS, check_swift
 from exporter.lowering.wrappers import Sizes, example_feeds, part_of, signature, wrap
 from exporter.networks.components import Component
 from exporter.networks.storage import load_network
@@ -125,7 +127,9 @@ def _carry_out(order: Order) -> None:
 def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
     """Return a component of a state as a target takes it."""
     folder = state / component.folder
-    network = part_of(component, load_network(folder, cls=component.cls))
+    network, swift = part_of(component, load_network(folder, cls=component.cls)), order.options.get("layout") == "swift"
+    if order.options.get("neural_engine") and type(network).__name__ in NETWORKS:
+        network = neural_engine_form(component.name, network)
     pin_timesteps(network)
     export = ExportOptions(**order.export)
     rows = export.batch * (2 if export.guided and component.role == "denoiser" else 1)
@@ -133,6 +137,10 @@ def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
     names = signature(network)
     recording = Recording.open(Path(order.recording), verify=False)
     calls = recorded_calls(component, config_of(folder), recording, range(min(order.rows, recording.count)))
+    if swift:
+        check_swift(component, names.inputs, rows, export)
+        if component.role == "denoiser":
+            cast("Any", network).channels_first_text = True  # the examples above are as callers give them
     inputs = {name: tensor.numpy() for name, tensor in zip(names.inputs, examples, strict=True)}
     fed = [
         {name: _resized(array, inputs[name]) for name, array in call.feeds.items()}
@@ -150,7 +158,9 @@ def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
         shapes=_shapes(component.name, network, rows, export),
         calls=tuple(fed),
         about=about,
+        ports=SWIFT_PORTS[component.role] if swift else {},
         facts=facts,
+        is_denoiser=component.role == "denoiser",
     )
 
 

@@ -22,6 +22,7 @@ from exporter.compiling import compile_graphs, run_telling
 from exporter.errors import ComponentFailed, ToolMissing
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
+from exporter.lowering.swift import write_swift
 from exporter.memo import FileMemo
 from exporter.networks.components import Component
 from exporter.networks.quantization import FILES as QUANTIZATION_FILES
@@ -158,10 +159,10 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
 
         for name, artifact in compiled.items():
             link_tree(artifact.path, folder / name)
-        engine_file = engine_file_of(column.target, column.options)
-        write_layout(
-            state.path, folder, engine_file=engine_file, scheduler=shop.sampling["scheduler"], requested=shop.requested
-        )
+        engine_file, scheduler = engine_file_of(column.target, column.options), shop.sampling["scheduler"]
+        write_layout(state.path, folder, engine_file=engine_file, scheduler=scheduler, requested=shop.requested)
+        if getattr(column.options, "layout", "") == "swift":
+            write_swift(folder, scheduler, shop.sampling["size"])
         return facts
 
     shop.made.append(f"engine {state.path.name} on {column.name}")
@@ -321,8 +322,7 @@ def convert_part(state: Artifact, component: Component, column: Column, shop: Wo
     key = digest_of([digest, asked, versions, here.version, __version__, _GRAPHS])
     if component.role == "denoiser" and read_schedule(state.path / component.folder) is not None:
         raise ComponentFailed(
-            f"target {column.name}, {component.name}: it cannot run the several graphs of a schedule. Choose openvino "
-            "or onnxruntime."
+            f"target {column.name}: it cannot run the several graphs of a schedule. Choose openvino or onnxruntime."
         )
 
     def build(out: Path) -> Mapping[str, Any]:

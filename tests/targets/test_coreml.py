@@ -47,7 +47,9 @@ class Net(nn.Module):
 def program(net=None, calls=(), **extra):
     inputs = {"sample": np.zeros((2, 4, 8, 8), np.float32), "timestep": np.zeros((), np.float32)}
     about = {"": "a small net", "sample": "what comes in", "out": "what goes out"}
-    return TorchProgram("unet", net or Net(), inputs, ("out",), calls=calls, about=about, facts=FACTS, **extra)
+    return TorchProgram(
+        "unet", net or Net(), inputs, ("out",), calls=calls, about=about, facts=FACTS, is_denoiser=True, **extra
+    )
 
 
 def fed(timestep=999.0, side=8, seed=0):
