@@ -22,7 +22,7 @@ class Stored:
     Attributes:
         op: the operation that reads it; the first of several.
         kind: of that operation, such as ``conv``.
-        value: the name of what it reads.
+        value: the operation that makes what it reads.
         readers: all operations that read it as their weight.
         others: operations that read it as something else.
         shape: of the weight.
@@ -61,7 +61,7 @@ def stored_weights(model: MLModel) -> tuple[Stored, ...]:
             names = tuple(name_of(operation) for operation in own)
             others = tuple(name for name in reads[value] if name not in names)
             size = sum(_nbytes(leaf) for leaf in _leaves(value, makers))
-            at = (names[0], own[0].type, value, names, others, _dimensions(kind))
+            at = (names[0], own[0].type, name_of(makers[value]), names, others, _dimensions(kind))
             found.append(Stored(*at, *_form(value, makers), size))
     return tuple(found)
 

@@ -247,22 +247,27 @@ class _Work:
                 threshold=0.0, minimum_sparsity_percentile=share, weight_threshold=LEAST
             )
             model = self._pass("prune_weights", model, dict.fromkeys(named, form), joint=False)
-        forms = {item.op: item.form for item in stored_weights(model)} if sparse else {}
-        thinned = {item for item in sparse if forms[item.op] == _SPARSE}
+        now = {item.op: item for item in stored_weights(model)}
+        thinned = {item for item in sparse if now[item.op].form == _SPARSE}
         palettes = {
-            item: self._palette(item, int(word.rpartition("-")[2]), item in thinned)
+            now[item.op]: self._palette(item, int(word.rpartition("-")[2]), item in thinned)
             for item, word in chosen.items()
             if _PALETTE in word
         }
-        model = self._pass("palettize_weights", model, palettes, joint=bool(thinned & palettes.keys()))
-        integers = {item: self._integers(word) for item, word in chosen.items() if word.endswith(("int8", "int4"))}
-        return self._pass("linear_quantize_weights", model, integers, joint=bool(thinned & integers.keys()))
+        model = self._pass(
+            "palettize_weights", model, palettes, joint=any(_PALETTE in sparse[item] for item in thinned)
+        )
+        integers = {
+            now[item.op]: self._integers(word) for item, word in chosen.items() if word.endswith(("int8", "int4"))
+        }
+        joint = any(sparse[item].endswith("int8") for item in thinned)
+        return self._pass("linear_quantize_weights", model, integers, joint=joint)
 
     def _pass(self, name: str, model: MLModel, forms: Mapping[Stored, Any], *, joint: bool) -> MLModel:
         if not forms:
             return model
-        named = {op: form for item, form in forms.items() for op in item.readers}
-        config = self.library.OptimizationConfig(op_name_configs=named)
+        # By the name of the weight, not of the operation: its bias may be another's too, which may become another form.
+        config = self.library.OptimizationConfig(op_name_configs={item.value: form for item, form in forms.items()})
         logger = logging.getLogger("coremltools")
         level = logger.level
         logger.setLevel(logging.ERROR)  # what it leaves out is read back from the program, and told

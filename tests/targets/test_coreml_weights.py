@@ -267,6 +267,27 @@ class TestExact:
             compressed(plain, "palette-2", "iOS16", exact=True)
 
 
+class TestShared:
+    def test_a_bias_of_two_operations_with_different_weights(self) -> None:
+        with quiet():
+            import coremltools as ct
+            from coremltools.converters.mil import Builder
+
+            rng = np.random.default_rng(0)
+            first, second = (rng.normal(size=(64, 64)).astype(np.float16) for _ in range(2))
+
+            @Builder.program(input_specs=[Builder.TensorSpec(shape=(1, 64))], opset_version=ct.target.iOS18)
+            def program(x: Any) -> Any:
+                bias = np.ones(64, np.float16)
+                x = Builder.cast(x=x, dtype="fp16")
+                return Builder.linear(x=Builder.linear(x=x, weight=first, bias=bias), weight=second, bias=bias)
+
+            model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+        one = stored_weights(model)[0].op
+        found = compressed(model, "palette-4", "iOS18", plan={one: "palette-6"})
+        assert [item.became for item in found.weights] == ["palette-6", "palette-4"]
+
+
 class TestRefusals:
     def test_plans(self, little: Any) -> None:
         op = stored_weights(little)[0].op
