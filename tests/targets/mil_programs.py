@@ -29,7 +29,6 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"coremltools(\.|$)")
             warnings.filterwarnings("ignore", "Implicitly cleaning up <TemporaryDirectory", ResourceWarning)
             yield
-            gc.collect()  # its models leave their folders to the collector, which warns of each
     finally:
         logging.getLogger("coremltools").setLevel(told)
 
@@ -93,6 +92,7 @@ def save_program(
         )
         model.save(str(path))
         del model
+        gc.collect()  # models leave their folders to the collector, which warns of each
     return path
 
 
@@ -147,6 +147,7 @@ def save_torch(path: Path, module: Any, feeds: Mapping[str, Any], opset: str = "
         )
         model.save(str(path))
         del model
+        gc.collect()  # models leave their folders to the collector, which warns of each
     return path
 
 
