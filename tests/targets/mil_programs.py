@@ -132,6 +132,9 @@ def save_torch(path: Path, module: Any, feeds: Mapping[str, Any], opset: str = "
     import torch
 
     with quiet(), torch.no_grad():
+        # Conversion starts from a trace, whatever torch thinks of tracing.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         traced = torch.jit.trace(module.eval(), tuple(feeds.values()), check_trace=False)
         given = options.get("inputs") or [
             ct.TensorType(name=name, shape=tuple(value.shape), dtype=_input_type(value))
