@@ -12,7 +12,15 @@ from mil_programs import Array
 
 
 def dense() -> list[Case]:
-    return [*_products(), *_convolutions(), *_pools(), *_norms(), *_resizing(), *_integers()]
+    return [
+        *_products(),
+        *_convolutions(),
+        *_transposed_convolutions(),
+        *_pools(),
+        *_norms(),
+        *_resizing(),
+        *_integers(),
+    ]
 
 
 def _products() -> list[Case]:
@@ -114,7 +122,7 @@ def _spread(x: Array, weight: Array, strides: Sequence[int], groups: int = 1) ->
 
 def _convolutions() -> list[Case]:
     weight, bias, line, cube = floats(6, 2, 3, 2), floats(6), floats(3, 2, 3), floats(2, 2, 2, 2, 2)
-    even, spread = floats(3, 2, 4, 3), floats(4, 3, 3, 2)
+    even = floats(3, 2, 4, 3)
     one = bias.reshape(6, 1, 1).astype(np.float64)
     image = {"x": floats(2, 4, 7, 6)}
     custom = {"strides": [2, 1], "dilations": [1, 2], "groups": 2, "pad": [1, 0, 2, 1]}
@@ -155,6 +163,13 @@ def _convolutions() -> list[Case]:
             {"x": floats(1, 2, 5, 5), "w": floats(3, 2, 2, 2)},
             lambda x, w: _convolved(x, w),
         ),
+    ]
+
+
+def _transposed_convolutions() -> list[Case]:
+    bias, spread = floats(6), floats(4, 3, 3, 2)
+    one = bias.reshape(6, 1, 1).astype(np.float64)
+    return [
         Case(
             "conv_transpose",
             _calls("conv_transpose", weight=spread, strides=[2, 3], bias=bias, groups=2, pad_type="valid"),
