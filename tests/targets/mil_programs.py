@@ -118,6 +118,39 @@ def own_values(inputs: Mapping[str, Array], build: Callable[..., Any], opset: st
     return [item.val for item in found] if isinstance(found, (list, tuple)) else found.val
 
 
+class Halved:
+    """coremltools' builder, with constants of 32-bit floats rounded to 16 bits."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(**given: Any) -> Any:
+            return getattr(self._builder, name)(**{key: _half(value) for key, value in given.items()})
+
+        return call
+
+
+def _half(value: Any) -> Any:
+    is_single = isinstance(value, (np.ndarray, np.floating)) and value.dtype == np.float32
+    return value.astype(np.float16) if is_single else value
+
+
+def builds(inputs: Mapping[str, Array], build: Callable[..., Any], opset: str, *, half: bool = False) -> bool:
+    """Tell whether coremltools accepts a part of a program for inputs of these types and shapes."""
+    ct = library()
+    from coremltools.converters.mil.mil import Builder, Function
+
+    known = types_of()
+    holders = {name: Builder.placeholder(array.shape, known[str(array.dtype)]) for name, array in inputs.items()}
+    with quiet(), Function(holders, opset_version=getattr(ct.target, opset)) as function:
+        try:
+            build(Halved(Builder) if half else Builder, **function.inputs)
+        except (TypeError, ValueError, AttributeError, NotImplementedError):
+            return False
+    return True
+
+
 def save_torch(path: Path, module: Any, feeds: Mapping[str, Any], opset: str = "iOS18", **options: Any) -> Path:
     """Convert a torch module with tensors as inputs and save it as a package.
 
