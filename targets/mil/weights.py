@@ -101,7 +101,7 @@ class Weights:
     def _extent(self, constant: Constant) -> tuple[int, int]:
         """Return where the data begins and its size in bytes, both checked."""
         mapped = self._map(constant)
-        place = f"{self.file_of(constant)}: weights of '{constant.name}'"
+        place = f"{self._package}: {constant.file}: weights of '{constant.name}'"
         if constant.dtype not in NUMPY_TYPES and constant.dtype not in PACKED_BITS:
             expected = ", ".join((*NUMPY_TYPES, *PACKED_BITS))
             raise TargetError(f"{place}: type; got {constant.dtype}, expected one of {expected}. Convert it anew.")
