@@ -29,6 +29,8 @@ Opener = Callable[[Path], Ask]
 
 CANDIDATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Ranges that are tried, as fractions of the largest magnitude seen."""
+SMOOTHING = ".smoothing"
+"""Ends the name of what a value is multiplied with, channel by channel, before it is rounded."""
 LEVELS = 127.0
 RESULT = "out"
 """In place of an input's index, in the names of values."""
@@ -246,7 +248,7 @@ def smoothed(graph: ir.Graph, item: Observed, divisor: Floats | None) -> ir.Valu
     """Return a value divided channel by channel, in front of whatever reads it; the value itself for None."""
     if divisor is None:
         return item.value
-    factor = _constant(graph, (1.0 / divisor).astype(np.float32), f"{item.name}.smoothing")
+    factor = _constant(graph, (1.0 / divisor).astype(np.float32), f"{item.name}{SMOOTHING}")
     return _node(graph, "Mul", [item.value, factor], after=item.value)
 
 

@@ -63,7 +63,7 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
         kept |= found
         shutil.rmtree(path)
     del traced
-    weights = {} if options.weights == "float" else _compressed(model, path, options)
+    weights = _compressed(model, path, options, _stored(path, modules, program)) if _shrinks(options, program) else {}
     del model
     gc.collect()
     packages = chunked(path, options.chunks) if options.chunks > 1 and program.is_denoiser else [path]
@@ -201,16 +201,42 @@ def _packed(
     return model, modules, dict(zip(program.outputs, shapes, strict=True))
 
 
-def _compressed(model: Any, path: Path, options: CoreMlOptions) -> dict[str, Any]:
-    """Save the model with smaller weights in its package's place; return what became of them, to be told."""
-    found = compress(model, options.weights, options.deployment, group=options.group)
+def _shrinks(options: CoreMlOptions, program: TorchProgram) -> bool:
+    return options.weights != "float" or any(word != "float" for word in program.stored.values())
+
+
+def _stored(path: Path, modules: Mapping[str, str], program: TorchProgram) -> dict[str, str]:
+    """Return operation -> how its weight is stored, of those whose state says so.
+
+    Raises:
+        TargetError: a module that is quantized has no operation of its own in the program.
+    """
+    from targets.mil.package import read_package
+
+    layers = [item.name for item in read_package(path).operations if item.type in ("conv", "linear")]
+    found = {name: program.stored[modules[name]] for name in layers if modules.get(name) in program.stored}
+    missing = sorted(program.stored.keys() - {modules[name] for name in found})
+    if missing:
+        raise TargetError(
+            f"{PLACE}: {program.name}: got no layer of {missing[0]} in the program ({len(missing)} such), expected one "
+            "for each that is quantized. Report this as a bug."
+        )
+    return found
+
+
+def _compressed(model: Any, path: Path, options: CoreMlOptions, plan: Mapping[str, str]) -> dict[str, Any]:
+    """Save the model with smaller weights in its package's place; return what became of them, to be told.
+
+    Weights that their state has rounded hold few values, which are stored as they are.
+    """
+    found = compress(model, options.weights, options.deployment, plan=plan, group=options.group, exact=bool(plan))
     shutil.rmtree(path)
     found.model.save(str(path))
     became: dict[str, int] = {}
     for weight in found.weights:
         became[weight.became] = became.get(weight.became, 0) + 1
     return {
-        "asked": options.weights,
+        "asked": "its state says" if plan else options.weights,
         "became": became,
         "bytes": [sum(weight.before for weight in found.weights), sum(weight.after for weight in found.weights)],
         "left": {weight.op: weight.why for weight in found.weights if weight.why},

@@ -25,6 +25,7 @@ class TorchProgram:
         about: input, output or (empty name) component -> what it is, in a sentence.
         ports: input or output -> what the engine calls it, and how it takes it (`targets.coreml_package.FORMS`), where
             a loader of its own expects that; `inputs` and `calls` are as callers give them all the same.
+        stored: path of a module -> how its weight is stored, where its state says so; others as the options say.
         facts: strings that go into the engine's metadata, ``weights_sha256`` among them.
         is_denoiser: whether it is the network that the others are small beside.
     """
@@ -37,6 +38,7 @@ class TorchProgram:
     calls: tuple[Mapping[str, Array], ...] = ()
     about: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     is_denoiser: bool = False
 

@@ -253,7 +253,7 @@ def _part(state: Artifact, component: Component, onnx: Artifact | None, making: 
     guided = making.keep(dense.guided) if isinstance(dense, Answers) and is_guided else ""
     quantized = read_quantization(state.path / component.folder) is not None
     if isinstance(making.column.target, FromTorch):
-        built, weighed = convert_part(state, component, making.column, making.shop), Weighed({}, 0)
+        built, weighed = convert_part(state, component, onnx, making.column, making.shop), Weighed({}, 0)
     else:
         assert onnx is not None
         built, weighed = onnx, weigh(onnx.path / "model.onnx")

@@ -19,15 +19,18 @@ from torch import nn
 import targets
 from calibration.errors import CalibrationError
 from calibration.recording import Recording
+from calibration.schemes import INT8, INT8_WEIGHTS
 from exporter import __version__
 from exporter.errors import ComponentFailed, ExporterError
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.neural_engine import NETWORKS, neural_engine_form
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.pinned import pin_timesteps
+from exporter.lowering.rounded_network import round_inputs, scheme_of, take_weights
 from exporter.lowering.swift import SWIFT_PORTS, check_swift
 from exporter.lowering.wrappers import Sizes, example_feeds, part_of, signature, wrap
 from exporter.networks.components import Component
+from exporter.networks.quantization import read_quantization
 from exporter.networks.storage import load_network
 from exporter.states import components_of, config_of
 from targets.base import TargetError, TargetMissing
@@ -80,6 +83,7 @@ class Order:
         calls: recorded calls that the engine is proven with.
         facts: for the engine's metadata.
         out: an existing, empty folder.
+        rounded: ONNX file of a quantized component, which says what its weights and ranges are; empty for others.
     """
 
     state: str
@@ -93,6 +97,7 @@ class Order:
     calls: int
     facts: Mapping[str, str]
     out: str
+    rounded: str = ""
 
     def command(self) -> list[str]:
         """Return the command that carries it out."""
@@ -128,9 +133,12 @@ def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
     """Return a component of a state as a target takes it."""
     folder = state / component.folder
     network, swift = part_of(component, load_network(folder, cls=component.cls)), order.options.get("layout") == "swift"
+    told = read_quantization(folder) if order.rounded else None
+    layers = {} if told is None else take_weights(component.name, network, told, Path(order.rounded))
     if order.options.get("neural_engine") and type(network).__name__ in NETWORKS:
         network = neural_engine_form(component.name, network)
     pin_timesteps(network)
+    round_inputs(network, layers)
     export = ExportOptions(**order.export)
     rows = export.batch * (2 if export.guided and component.role == "denoiser" else 1)
     examples = example_feeds(network, Sizes(rows, export.latent, export.tokens))
@@ -158,10 +166,16 @@ def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
         shapes=_shapes(component.name, network, rows, export),
         calls=tuple(fed),
         about=about,
+        stored={} if told is None else {f"net.{path}": _stored(scheme_of(path, told)) for path in layers},
         ports=SWIFT_PORTS[component.role] if swift else {},
         facts=facts,
         is_denoiser=component.role == "denoiser",
     )
+
+
+def _stored(scheme: str) -> str:
+    """Return the word for how weights of a scheme are stored; they have few values already."""
+    return "int8" if scheme in (INT8, INT8_WEIGHTS) else scheme
 
 
 def _shapes(name: str, network: nn.Module, rows: int, export: ExportOptions) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -134,7 +134,7 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
     here = column.target.capabilities()
     if isinstance(column.target, FromTorch):
         parts = components_of(state.path, shop.requested)
-        compiled = {part.name: convert_part(state, part, column, shop) for part in parts}
+        compiled = {part.name: convert_part(state, part, exported.get(part.name), column, shop) for part in parts}
     else:
         compiled = {name: compile_part(onnx, name, column, shop) for name, onnx in exported.items()}
     facts = {
@@ -313,8 +313,13 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
     return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
 
 
-def convert_part(state: Artifact, component: Component, column: Column, shop: Workshop) -> Artifact:
-    """Convert one component for a target that takes torch networks, or find it done; raises as `compile_state`."""
+def convert_part(
+    state: Artifact, component: Component, rounded: Artifact | None, column: Column, shop: Workshop
+) -> Artifact:
+    """Convert one component for a target that takes torch networks, or find it done; raises as `compile_state`.
+
+    What is `rounded`, a quantized component exported, says what its weights and ranges are.
+    """
     target, here = column.target, column.target.capabilities()
     digest, versions = state.part_digest(component.folder), {name: version(name) for name in _EXPORT_LIBRARIES}
     export = asdict(replace(shop.export, tokens=tokens_of(component, shop)))
@@ -340,6 +345,7 @@ def convert_part(state: Artifact, component: Component, column: Column, shop: Wo
             calls=PARITY_CALLS,
             facts={"weights_sha256": digest},
             out=str(out),
+            rounded="" if rounded is None else str(rounded.path / "model.onnx"),
         )
         with _told(column, component.name):
             shop.peak_mib = max(shop.peak_mib, run_telling(order.command()))
