@@ -201,9 +201,10 @@ class Mixer:
         whole = sum(held[FLOAT] for held in sizes.values())
         least = sum(min(held.values()) for held in sizes.values())
         if size is not None and size * whole < least:
+            known = math.ceil(1000 * least / whole) / 1000
             raise RecipeError(
-                f"quantize.size: got {size:g}, expected at least {math.ceil(1000 * least / whole) / 1000:g}, which every "
-                "unit in 2 bits takes. Raise it, or prune before."
+                f"quantize.size: got {size:g}, expected at least {known:g}, what every unit in 2 bits takes. Raise "
+                "it, or prune before."
             )
         choices = self._choices(units, sizes)
 
