@@ -1,5 +1,7 @@
 """A float graph with the nodes that make it work in 8 bits, or store its weights in 8 or 4: one file for all runtimes.
 
+Palettes need no nodes: weights of a few values are weights, and a runtime that stores them by code finds them so.
+
 QuantizeLinear and DequantizeLinear, symmetric: signed integers around zero, so that pruned weights stay exactly zero.
 Weights have a scale per output channel (8 bits) or per group of inputs (4 bits), activations one each.
 """
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from calibration.errors import CalibrationError
 from calibration.fitting import Fit
 from calibration.narrowing import narrow
-from calibration.schemes import FLOAT, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, NARROW, ROUNDING
+from calibration.schemes import FLOAT, FP8, INT4_WEIGHTS, INT8, INT8_WEIGHTS, NARROW, PALETTES, ROUNDING
 from calibration.sites import Site, sites_of
 from calibration.statistics import Floats, Observed, observed_of, smoothed
 
@@ -40,6 +42,7 @@ class Manner:
         results: round what convolutions in `INT8` answer, too. ONNX Runtime and TensorRT have integer kernels for these
             alone; OpenVINO's answer in floating point, which is more exact.
         correct: take from biases what rounding the weights adds to the mean.
+        palettize: returns weights with each replaced by one of ``2 ** bits`` values; needed for `PALETTES`.
         type_of: module path -> `FP16` or `BF16` where its floating point has 16 bits; None for float everywhere.
     """
 
@@ -47,6 +50,7 @@ class Manner:
     results: bool = False
     correct: bool = True
     type_of: Callable[[str], str] | None = None
+    palettize: Callable[[Floats, int], Floats] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,9 @@ class _Writer:
             return FLOAT
         if scheme == INT4_WEIGHTS and site.kind != "linear":
             scheme = INT8_WEIGHTS
+        if scheme in PALETTES:
+            self._palettize(name, site, PALETTES[scheme])
+            return scheme
         item, divisor = self._input(site, 0), None
         if scheme in ROUNDING:
             self._round_inputs(name, site, scheme)
@@ -187,14 +194,23 @@ class _Writer:
         self._graph.extend([narrow, wide])
         return wide.outputs[0]
 
+    def _palettize(self, name: str, site: Site, bits: int) -> None:
+        """Let a site read weights of a few different values, in floating point as before."""
+        weight, palettize = site.weight, self._manner.palettize
+        assert weight is not None
+        if palettize is None:
+            raise CalibrationError(f"quantize: {name}: got no way to make palettes, expected one. Give it.")
+        try:
+            held = self._constant(palettize(_values(name, weight), bits), f"{weight.name}.palette")
+        except ValueError as error:
+            raise CalibrationError(f"quantize: {name}: {error}; expected smaller weights. Choose float.") from error
+        site.node.replace_input_with(1, held)
+
     def _round_weight(self, name: str, site: Site, scheme: str, divisor: Floats | None) -> Floats:
         """Store a site's weights as integers; return by how much they are off."""
         weight = site.weight
         assert weight is not None
-        assert weight.const_value is not None
-        values = weight.const_value.numpy().astype(np.float32)
-        if not np.isfinite(values).all():
-            raise CalibrationError(f"quantize: {name}: got weights that are not finite, expected numbers.")
+        values = _values(name, weight)
         if divisor is not None:
             values = values * np.expand_dims(divisor, site.axis)
         grouped = scheme == INT4_WEIGHTS
@@ -236,6 +252,14 @@ class _Writer:
         value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         self._graph.initializers[unique] = value
         return value
+
+
+def _values(name: str, weight: ir.Value) -> Floats:
+    assert weight.const_value is not None
+    values = weight.const_value.numpy().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CalibrationError(f"quantize: {name}: got weights that are not finite, expected numbers.")
+    return values
 
 
 def _by_rows(values: Floats, axis: int, scheme: str) -> tuple[Floats, Floats]:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 FLOAT, INT8, FP8, INT8_WEIGHTS, INT4_WEIGHTS = "float", "int8", "fp8", "int8-weights", "int4-weights"
 FP16, BF16 = "fp16", "bf16"
+PALETTES: Mapping[str, int] = {"palette-2": 2, "palette-4": 4, "palette-6": 6, "palette-8": 8}
+"""Schemes of weights as codes into a table of a few values, and the bits of a code."""
+PALETTE_MIXED = "palette-mixed"
+"""What a stage may ask for and no unit becomes: one of the palettes each."""
 ROUNDING = (INT8, FP8)
 """Schemes that round activations too, and so need ranges."""
 NARROW = (FP16, BF16)
@@ -18,10 +22,26 @@ SCHEMES: Mapping[str, str] = {
     FP8: "weights and activations in 8-bit floating point (E4M3)",
     INT8_WEIGHTS: "weights in 8 bits, computed in floating point",
     INT4_WEIGHTS: "weights of linear layers in 4 bits by groups, of convolutions in 8; computed in floating point",
+    **{name: f"weights as one of {2**bits} values of their own, for Core ML" for name, bits in PALETTES.items()},
 }
+"""What a unit can become."""
+ASKED: Mapping[str, str] = {
+    **SCHEMES,
+    PALETTE_MIXED: "palettes of 8, 6, 4 or 2 bits, each unit's from what it costs, under size or limit_db; for Core ML",
+}
+"""What a stage can ask for, and `FLOAT`."""
 SCORES, MIXED, PRODUCT = "scores", "mixed", "product"
 """Last part of the names of products: queries by keys; probabilities by values; any other."""
-BITS: Mapping[str, float] = {FLOAT: 32, FP16: 16, BF16: 16, INT8: 8, FP8: 8, INT8_WEIGHTS: 8, INT4_WEIGHTS: 4}
+BITS: Mapping[str, float] = {
+    FLOAT: 32,
+    FP16: 16,
+    BF16: 16,
+    INT8: 8,
+    FP8: 8,
+    INT8_WEIGHTS: 8,
+    INT4_WEIGHTS: 4,
+    **PALETTES,
+}
 """Of a weight."""
 
 

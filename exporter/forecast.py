@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from calibration.schemes import PALETTE_MIXED, PALETTES
 from exporter.costs import MIB, Machine, Network, cost_of, machine
 from exporter.lowering.engine import PARITY_CALLS, Column
 from exporter.lowering.options import ExportOptions
@@ -313,7 +314,9 @@ def _quantizing(stage: StageSpec, job: _Job, torch_s: Mapping[str, float], netwo
     drawn = ceil(int(given.get("samples", 16)) / job.recipe.sampling.batch) * job.calls * torch_s[_DENOISER]
     passes = {"int8": _SIZES + _RANGES, "fp8": _SIZES + _RANGES, "fp16": _SIZES, "int4-weights": _SIZES}
     seen = int(given.get("calls", 16)) * passes.get(str(options.get("scheme")), 0.0)
-    tried = _UNITS * _TRIED * _TRIAL if options.get("limit_db") is not None else 0.0
+    mixed = options.get("scheme") == PALETTE_MIXED
+    widths = len(PALETTES) if mixed else int(options.get("limit_db") is not None)
+    tried = _UNITS * _TRIED * _TRIAL * widths
     return drawn + (seen + tried) * call + _EXPORT_S + _TRACE_S * network.weights
 
 

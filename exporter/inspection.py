@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import exporter.quantizing
 import targets
-from calibration.schemes import SCHEMES
+from calibration.schemes import ASKED
 from exporter.artifact import MANIFEST, Artifact, open_artifact
 from exporter.errors import ArtifactError, RecipeError
 from exporter.pruners import PRUNERS, pruner
@@ -85,7 +85,7 @@ def method_rows() -> list[dict[str, Any]]:
     kinds = get_type_hints(QuantizeOptions)
     own = [field for field in dataclasses.fields(QuantizeOptions) if field.name != "scheme"]
     options = ", ".join(_option(field, kinds[field.name]) for field in own)
-    schemes = {name: f"{SCHEMES[name]}." for name in get_args(kinds["scheme"])}
+    schemes = {name: f"{ASKED[name]}." for name in get_args(kinds["scheme"])}
     return rows + [
         {"stage": "quantize", "method": name, "summary": text, "options": options} for name, text in schemes.items()
     ]
@@ -99,7 +99,7 @@ def method_options(name: str) -> dict[str, Any]:
     """
     schemes = get_args(get_type_hints(QuantizeOptions)["scheme"])
     if name in schemes:
-        text = f"{name}: {SCHEMES[name]}.\n\n{inspect.getdoc(exporter.quantizing)}"
+        text = f"{name}: {ASKED[name]}.\n\n{inspect.getdoc(exporter.quantizing)}"
         return {"method": name, "text": text, "options": options_schema(QuantizeOptions)}
     known = [*PRUNERS, *TUNERS, *schemes]
     if name not in known:

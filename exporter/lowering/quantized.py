@@ -19,6 +19,7 @@ from exporter.errors import ComponentFailed
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, Quantization
 from targets.base import RANGES
+from targets.palettes import palettize
 
 FLOAT_FILE = "model.onnx"
 
@@ -114,9 +115,10 @@ def _write_rounded(graph: Path, folder: Path, told: Quantization, out: Path) -> 
     model = ir.load(graph)
     schemes = {name: scheme_of(name) for name in sites_of(model.graph)}
     type_of = scheme_of if {*told.plan.values()} & {*NARROW} else None
+    manner = Manner(told.group, told.results, type_of=type_of, palettize=palettize)
     try:
         fit = Fit.load(folder / FIT) if (folder / FIT).is_file() else None
-        written = write_quantized(graph, out, schemes, fit, Manner(told.group, told.results, type_of=type_of))
+        written = write_quantized(graph, out, schemes, fit, manner)
     except CalibrationError as error:
         raise ComponentFailed(str(error)) from error
     counts: dict[str, int] = {}

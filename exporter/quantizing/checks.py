@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from calibration.schemes import FLOAT, MIXED, SCORES
+from calibration.schemes import FLOAT, MIXED, PALETTE_MIXED, PALETTES, SCORES
 from exporter.errors import RecipeError
 from exporter.metrics.gates import Gate
 from exporter.pruners.matrix import SCHEDULES
@@ -14,6 +14,7 @@ from exporter.quantizing.plan import check_units, read_plan
 from exporter.recipe import StageSpec
 from exporter.validation import one_of
 
+_ONLY = "palettes are Core ML's; any other runtime would store and compute them as floats, and gain nothing"
 _DENOISERS = ("denoiser", "unet", "transformer")
 
 
@@ -56,9 +57,10 @@ def check_schemes(options: QuantizeOptions, place: str, offered: Mapping[str, Ma
         RecipeError: naming what the target can.
     """
     plan = read_plan(Path(options.plan)) if options.plan else {}
-    for scheme in dict.fromkeys([options.scheme, *plan.values()]):
+    asked = PALETTES if options.scheme == PALETTE_MIXED else (options.scheme,)
+    for scheme in dict.fromkeys([*asked, *plan.values()]):
         for name, schemes in offered.items():
-            why = schemes.get(scheme)
+            why = schemes.get(scheme, _ONLY if scheme in PALETTES else None)
             if scheme == FLOAT or why == "":
                 continue
             left = [known for known, reason in schemes.items() if not reason]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from calibration.schemes import NARROW
+from calibration.schemes import NARROW, PALETTE_MIXED
 from exporter.errors import RecipeError
 from exporter.validation import options_from
 
@@ -53,19 +53,33 @@ class QuantizeOptions:
             ``float`` does not, which is more exact; ``auto`` does it where a target of the recipe needs it.
         limit_db: where it is given, the plan is made by measurement: the one that saves most of all whose answers to
             recorded calls keep this PSNR to the float network's, the worst call's.
-        objective: what it saves: time on the recipe's first target, or bytes.
+        size: of ``palette-mixed``: the share of the weights' size in 16 bits that they may take, in place of a limit.
+        objective: what it saves: time on the recipe's first target, or bytes; palettes save bytes in any case.
         require_speedup: how many times as fast as in float, at its fastest precision, the component has to be on every
             target; a gate. Without it the report tells all the same what is no faster.
         plan: a file that says the scheme of some units: one a line, its module path and the scheme.
     """
 
-    scheme: Literal["int8", "int8-weights", "int4-weights", "fp16", "bf16", "fp8"]
+    scheme: Literal[
+        "int8",
+        "int8-weights",
+        "int4-weights",
+        "fp16",
+        "bf16",
+        "fp8",
+        "palette-2",
+        "palette-4",
+        "palette-6",
+        "palette-8",
+        "palette-mixed",
+    ]
     component: str = "denoiser"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     smoothness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
     group_size: int = field(default=64, metadata={"minimum": 1})
     results: Literal["auto", "float", "int8"] = "auto"
     limit_db: float | None = None
+    size: float | None = field(default=None, metadata={"exclusiveMinimum": 0, "maximum": 1})
     objective: Literal["latency", "bytes"] = "latency"
     require_speedup: float | None = field(default=None, metadata={"exclusiveMinimum": 0})
     plan: str | None = None
@@ -89,9 +103,25 @@ class QuantizeOptions:
         if self.limit_db is not None and self.scheme in NARROW:
             got = f"quantize.limit_db: got {self.limit_db:g} for {self.scheme}, expected a scheme that rounds."
             raise RecipeError(f"{got} Leave it out: what overflows on recorded inputs stays in float anyhow.")
+        self._check_budget()
         if not 0 <= self.smoothness <= 1:
             got = f"quantize.smoothness: got {self.smoothness:g}, expected a number from 0 to 1."
             raise RecipeError(f"{got} Write 0.5.")
+
+    def _check_budget(self) -> None:
+        """Refuse budgets that leave a mixed plan nothing to decide on, or nothing to decide by."""
+        if self.size is not None and not 0 < self.size <= 1:
+            got = f"quantize.size: got {self.size:g}, expected a number above 0 and at most 1."
+            raise RecipeError(f"{got} Write 0.3 for three tenths of the weights in 16 bits.")
+        if self.scheme != PALETTE_MIXED and self.size is not None:
+            got = f"quantize.size: got {self.size:g} for {self.scheme}, expected it for {PALETTE_MIXED} alone."
+            raise RecipeError(f"{got} Leave it out, or write scheme: {PALETTE_MIXED}.")
+        if self.scheme == PALETTE_MIXED and (self.size is None) == (self.limit_db is None):
+            got = "neither" if self.size is None else f"size {self.size:g} and limit_db {self.limit_db:g}"
+            raise RecipeError(
+                f"quantize.scheme: {PALETTE_MIXED}: got {got}, expected exactly one of size and limit_db: either the "
+                "bytes are given and the error is the least, or the other way round. Write size: 0.3 alone."
+            )
 
 
 def quantize_options(given: Mapping[str, Any], place: str, prompts: str | None) -> QuantizeOptions:

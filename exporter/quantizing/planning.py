@@ -152,7 +152,7 @@ class Planner:
     def _bytes(self, units: Mapping[str, tuple[str, ...]], scheme: str) -> dict[str, float]:
         """Return unit -> bytes of its weights in a scheme."""
         sites = sites_of(ir.load(self.trial.graph).graph)
-        counts = {name: _count(site) for name, site in sites.items()}
+        counts = {name: weights_of(site) for name, site in sites.items()}
         return {unit: sum(counts[name] * BITS[scheme] / 8 for name in names) for unit, names in units.items()}
 
     def _ms(self, units: Mapping[str, tuple[str, ...]], scheme: str) -> dict[str, float]:
@@ -221,7 +221,7 @@ class Planner:
         return Planned(plan, plan_text(plan, columns), facts)
 
 
-def _count(site: Site) -> int:
+def weights_of(site: Site) -> int:
     """Return how many weights a site has."""
     weight = site.weight
     return 0 if weight is None or weight.shape is None else math.prod(weight.shape.numpy())

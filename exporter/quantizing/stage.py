@@ -16,7 +16,7 @@ from calibration.index import file_digest
 from calibration.narrowing import overflowing
 from calibration.qdq import Manner
 from calibration.recording import Recording
-from calibration.schemes import FP16, INT4_WEIGHTS, ROUNDING
+from calibration.schemes import FP16, INT4_WEIGHTS, PALETTE_MIXED, PALETTES, ROUNDING
 from calibration.sites import sites_of
 from calibration.statistics import Feeds, Study
 from calibration.timesteps import chosen
@@ -31,12 +31,14 @@ from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, TABLE, Quantization, write_quantization
 from exporter.progress import task
 from exporter.pruners.notes import Notes
+from exporter.quantizing.mixing import Mixer
 from exporter.quantizing.options import QuantizeOptions
 from exporter.quantizing.plan import check_units, plan_text, read_plan, schemes_of
 from exporter.quantizing.planning import Planned, Planner
 from exporter.quantizing.trial import Trial
 from exporter.states import config_of
 from targets.base import TargetError, TargetMissing
+from targets.palettes import palettize
 
 _TRIED = 4
 """Calls that plans are tried on."""
@@ -81,7 +83,7 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
     names = list(sites_of(ir.load(graph).graph))
     check_units(given, names, options.plan or "quantize.plan")
     results = options.results == "int8" or (options.results == "auto" and subject.rounds_results)
-    manner = Manner(options.group_size, results)
+    manner = Manner(options.group_size, results, palettize=palettize)
     facts: dict[str, Any] = {"scheme": options.scheme}
     found = None
     wanted = {options.scheme, *given.values()}
@@ -90,14 +92,15 @@ def quantize(subject: Subject, options: QuantizeOptions, loan: DenseLoan, out: P
         found.save(out / FIT)
         facts["fit"] = dict(found.facts)
     plan: dict[str, str] = {"": options.scheme}
-    if options.limit_db is not None:
+    measured = options.limit_db is not None or options.scheme == PALETTE_MIXED
+    if measured:
         calls, guidance = _asked(subject, recording, options, loan)
         known = _known(subject, recording, options, manner, loan)
         planned = _planned(subject, Trial(graph, found, manner, calls, guidance), known, options, loan)
         plan, facts = planned.plan, facts | {"search": planned.facts}
         (out / TABLE).write_text(planned.text, encoding="utf-8")
     plan |= given
-    if options.limit_db is None:
+    if not measured:
         (out / TABLE).write_text(plan_text(plan), encoding="utf-8")
     wide: dict[str, float] = {}
     if FP16 in plan.values():
@@ -114,9 +117,10 @@ def _asked(
 ) -> tuple[list[Feeds], float | None]:
     """Return the calls that plans are tried on, first and last step among them, and the guidance that joins rows."""
     if subject.component.role != "denoiser":
+        key = "size" if options.limit_db is None else "limit_db"
         raise RecipeError(
-            f"quantize.limit_db: got {options.limit_db:g} for {subject.component.name}, expected it for the denoiser: "
-            "plans are made by its answers. Leave it out, or write a plan."
+            f"quantize.{key}: got {getattr(options, key):g} for {subject.component.name}, expected it for the "
+            "denoiser: plans are made by its answers. Leave it out, or write a plan."
         )
     config = config_of(subject.folder)
     steps = chosen(recording, "uniform", _TRIED, loan.batch, loan.seed)
@@ -134,8 +138,11 @@ def _known(subject: Subject, recording: Recording, options: QuantizeOptions, man
 
 
 def _planned(subject: Subject, trial: Trial, known: Notes, options: QuantizeOptions, loan: DenseLoan) -> Planned:
-    column = None if options.objective == "bytes" else subject.column
-    if column is None and options.objective == "latency":
+    if options.scheme == PALETTE_MIXED:
+        return Mixer(trial, known, loan.progress).plan(options.limit_db, options.size)
+    by_bytes = options.objective == "bytes" or options.scheme in PALETTES
+    column = None if by_bytes else subject.column
+    if column is None and not by_bytes:
         raise RecipeError(
             "quantize.limit_db: got no target of the recipe that runs here, expected one to take times on. Write "
             "objective: bytes, or a plan."
