@@ -228,7 +228,7 @@ def _together(given: Namespace, _: str) -> dict[str, Any]:
 def _table(given: Namespace, _: str) -> dict[str, Any]:
     """Time units alone and whole networks without some of them, on the target."""
     import targets
-    from exporter.lowering.engine import Column
+    from exporter.lowering.workshop import Column
     from exporter.networks.storage import load_network
     from exporter.progress import Lines
     from exporter.pruners.base import CutOptions

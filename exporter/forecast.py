@@ -17,8 +17,9 @@ import psutil
 
 from calibration.schemes import PALETTE_MIXED, PALETTES
 from exporter.costs import MIB, Machine, Network, cost_of, machine
-from exporter.lowering.engine import PARITY_CALLS, Column
+from exporter.lowering.engine import PARITY_CALLS
 from exporter.lowering.options import ExportOptions
+from exporter.lowering.workshop import Column
 from exporter.meter import Took
 from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.networks.source import SourceFacts

@@ -14,7 +14,7 @@ from exporter import __version__
 from exporter.artifact import digest_of
 from exporter.compiling import ready_target
 from exporter.errors import ExporterError, Findings, RecipeError, SourceError, ToolMissing
-from exporter.lowering.engine import Column
+from exporter.lowering.workshop import Column
 from exporter.memo import FileMemo
 from exporter.metrics.gates import Gate
 from exporter.networks.components import check_requested

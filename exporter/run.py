@@ -20,16 +20,9 @@ from exporter.collection import remember_used
 from exporter.elsewhere.merged import with_merged
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
-from exporter.lowering.engine import (
-    Column,
-    Workshop,
-    compile_fixed,
-    compile_state,
-    export_float,
-    export_state,
-    tokens_of,
-)
+from exporter.lowering.engine import compile_fixed, compile_state, export_float, export_state, tokens_of
 from exporter.lowering.rivals import Lowered, quantized_of
+from exporter.lowering.workshop import Column, Workshop
 from exporter.memo import MEMO, FileMemo
 from exporter.meter import Meter
 from exporter.metrics.gates import evaluate

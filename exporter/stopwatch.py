@@ -27,8 +27,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from exporter.artifact import digest_of, write_text
 from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, ToolMissing
-from exporter.lowering.engine import Column
 from exporter.lowering.options import ExportOptions
+from exporter.lowering.workshop import Column
 from exporter.metrics.latency import Timer
 from exporter.networks.fingerprint import structure_of
 from exporter.networks.probe import evaluating

@@ -22,7 +22,7 @@ from exporter.artifact import Artifact, digest_of, link_file, link_tree, reusabl
 from exporter.dense import fill_dense
 from exporter.errors import RecipeError
 from exporter.loan import DenseLoan
-from exporter.lowering.engine import Column
+from exporter.lowering.workshop import Column
 from exporter.memo import FileMemo
 from exporter.networks.components import Component
 from exporter.networks.cuts import levels_of

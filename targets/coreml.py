@@ -86,7 +86,7 @@ class CoreMl:
     options = CoreMlOptions
     engine_file = MANIFEST
     needs = ("coremltools",)
-    schemes = ()
+    schemes = ("int8", "int8-weights", "palette-2", "palette-4", "palette-6", "palette-8")
     rounds_results = False
 
     def capabilities(self) -> Capabilities:

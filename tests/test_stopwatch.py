@@ -13,8 +13,8 @@ from diffusers import UNet2DConditionModel
 
 import targets
 from exporter.errors import ComponentFailed
-from exporter.lowering.engine import Column
 from exporter.lowering.options import ExportOptions
+from exporter.lowering.workshop import Column
 from exporter.metrics.latency import Timer
 from exporter.networks.fingerprint import hooks_of, structure_of
 from exporter.networks.standins import Bypass

@@ -34,9 +34,10 @@ from exporter.artifact import (
 from exporter.bench import Bench
 from exporter.elsewhere.facts import KITS, Asked, Kit, KitState, Part
 from exporter.errors import ArtifactError, ExporterError, RecipeError
-from exporter.lowering.engine import Column, Workshop, convert_part, export_rivals, export_state
+from exporter.lowering.engine import convert_part, export_rivals, export_state
 from exporter.lowering.feeds import recorded_calls
 from exporter.lowering.sparsity_report import weigh
+from exporter.lowering.workshop import Column, Workshop
 from exporter.lowering.wrappers import MAIN_OUTPUT
 from exporter.memo import MEMO, FileMemo
 from exporter.metrics.fidelity import Answers

@@ -7,30 +7,27 @@ exported and compiled once, and every engine that uses it links the same files.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.recording import Recording
 from calibration.schemes import FLOAT
 from exporter import __version__
-from exporter.artifact import Artifact, Kind, digest_of, link_tree, reusable, write_artifact
+from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
 from exporter.compiling import compile_graphs, run_telling
-from exporter.errors import ComponentFailed, ToolMissing
+from exporter.errors import ComponentFailed
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.swift import write_swift
-from exporter.memo import FileMemo
+from exporter.lowering.workshop import PARTS, Bar, Column, Workshop, make, told
 from exporter.networks.components import Component
 from exporter.networks.quantization import FILES as QUANTIZATION_FILES
 from exporter.networks.quantization import read_quantization
 from exporter.networks.schedule import Schedule, read_schedule
-from exporter.progress import Progress
 from exporter.states import components_of, config_of
-from targets.base import Target, TargetError, TargetMissing, TellsProgress, engine_file_of
+from targets.base import Target, TellsProgress, engine_file_of
 from targets.torch_source import FromTorch
 
 if TYPE_CHECKING:  # seconds to import
@@ -40,63 +37,10 @@ if TYPE_CHECKING:  # seconds to import
 
 PARITY_CALLS = 5
 """Timesteps at which an exported denoiser is compared with torch: first, last and three between."""
-_PARTS = 100
-"""Units of the bar of a compiler that says how far it is."""
 _GRAPHS = 2
 """Counts changes of what exported graphs answer, so that those of before are not taken for today's."""
 
 _EXPORT_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One target of the recipe, resolved.
-
-    Attributes:
-        name: the recipe's name.
-        target: the runtime.
-        options: an instance of the target's options.
-    """
-
-    name: str
-    target: Target
-    options: Any
-
-
-@dataclass
-class Workshop:
-    """What lowering shares over a run.
-
-    Attributes:
-        out: the run's folder.
-        export: how components become ONNX.
-        recording: of the dense pipeline.
-        sampling: the recipe's sampling as it goes into the engine's facts, `size` resolved.
-        scheduler: writes the recipe's scheduler into a folder.
-        progress: what long work reports to.
-        memo: what is known of files.
-        requested: names of the components on request that are exported too.
-        used: names of the folders this run needs, for garbage collection.
-        made: what was exported, compiled and laid out instead of reused.
-        seconds: what each lowering took, by step, since it was last read.
-        peak_mib: the most memory that a compiling process had.
-    """
-
-    out: Path
-    export: ExportOptions
-    recording: Recording
-    sampling: dict[str, Any]
-    progress: Progress
-    memo: FileMemo = field(default_factory=FileMemo)
-    requested: tuple[str, ...] = ()
-    used: set[str] = field(default_factory=set)
-    made: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_mib: float = 0.0
-
-    def took(self, step: str, seconds: float) -> None:
-        """Add to what a step took."""
-        self.seconds[step] = round(self.seconds.get(step, 0.0) + seconds, 3)
 
 
 def export_state(state: Artifact, shop: Workshop, target: Target | None = None) -> dict[str, Artifact]:
@@ -209,7 +153,7 @@ def export_part(state: Artifact, component: Component, shop: Workshop) -> Artifa
 
     title = f"Round {component.name}, state {state.path.name}"
     folder = f"onnx-{component.name}-{key[:16]}"
-    return _make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
+    return make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
 
 
 def export_float(state: Artifact, component: Component, shop: Workshop) -> Artifact:
@@ -246,7 +190,7 @@ def export_float(state: Artifact, component: Component, shop: Workshop) -> Artif
         shop.took("parity", time.monotonic() - started)
         return {"component": name, "parity": parity, "zeros": zeros}
 
-    return _make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
+    return make(shop, folder, build, kind="onnx", key=key, parent=state, title=f"Export {place}")
 
 
 def export_rivals(state: Artifact, component: Component, target: Target, shop: Workshop) -> dict[str, Artifact]:
@@ -267,7 +211,7 @@ def export_rivals(state: Artifact, component: Component, target: Target, shop: W
 
         title = f"Round {component.name} to {scheme}, state {state.path.name}"
         folder = f"onnx-{component.name}-{key[:16]}"
-        found[scheme] = _make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
+        found[scheme] = make(shop, folder, build, kind="onnx", key=key, parent=plain, title=title)
     return found
 
 
@@ -301,16 +245,16 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
     key = digest_of([onnx.digest, target.type, asdict(column.options), here.version, here.device, __version__])
     folder = f"{target.type}-{name}-{key[:16]}"
 
-    bar = _Bar(shop.progress, _PARTS if isinstance(target, TellsProgress) else 1)
+    bar = Bar(shop.progress, PARTS if isinstance(target, TellsProgress) else 1)
 
     def build(out: Path) -> Mapping[str, Any]:
-        with _told(column, name):
+        with told(column, name):
             peak_mib = compile_graphs(column.target, column.options, onnx.path, out, bar)
             shop.peak_mib = max(shop.peak_mib, peak_mib)
         return {"component": name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Compile {name} for {column.name}"
-    return _make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
+    return make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
 
 
 def convert_part(
@@ -347,61 +291,10 @@ def convert_part(
             out=str(out),
             rounded="" if rounded is None else str(rounded.path / "model.onnx"),
         )
-        with _told(column, component.name):
+        with told(column, component.name):
             shop.peak_mib = max(shop.peak_mib, run_telling(order.command()))
         return {"component": component.name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Convert {component.name} for {column.name}"
     folder = f"{target.type}-{component.name}-{key[:16]}"
-    return _make(shop, folder, build, kind="compiled", key=key, parent=state, title=title)
-
-
-@contextmanager
-def _told(column: Column, name: str) -> Iterator[None]:
-    """Say of a failure which target and which component it was."""
-    try:
-        yield
-    except TargetMissing as error:
-        raise ToolMissing(f"target {column.name}: {error}") from error
-    except (TargetError, ComponentFailed) as error:
-        raise ComponentFailed(f"target {column.name}, {name}: {error}") from error
-
-
-class _Bar:
-    """Moves the bar of a task to a done fraction, never back: some builders begin anew."""
-
-    def __init__(self, progress: Progress, units: int = 1) -> None:
-        self._progress, self.units, self._done = progress, units, 0
-
-    def __call__(self, done: float) -> None:
-        units = int(done * self.units)
-        if self._done < units <= self.units:
-            self._progress.advance(units - self._done)
-            self._done = units
-
-
-def _make(  # noqa: PLR0913 - what `write_artifact` takes, and a title
-    shop: Workshop,
-    folder: str,
-    build: Callable[[Path], Mapping[str, Any]],
-    *,
-    kind: Kind,
-    key: str,
-    parent: Artifact,
-    title: str,
-    bar: _Bar | None = None,
-) -> Artifact:
-    shop.used.add(folder)
-    final = shop.out / "lowered" / folder
-    found = reusable(final, key, shop.memo)
-    if found is not None:
-        return found
-    started, parity = time.monotonic(), shop.seconds.get("parity", 0.0)
-    bar = bar or _Bar(shop.progress)
-    shop.progress.start(title, bar.units)
-    made = write_artifact(final, build, kind=kind, key=key, parent=parent.digest, sources=[parent.path], memo=shop.memo)
-    shop.made.append(title)
-    bar(1.0)
-    shop.progress.finish()
-    shop.took(title.split()[0].lower(), time.monotonic() - started - (shop.seconds.get("parity", 0.0) - parity))
-    return made
+    return make(shop, folder, build, kind="compiled", key=key, parent=state, title=title)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from exporter.artifact import Artifact
 from exporter.compiling import float_options
-from exporter.lowering.engine import Column, Workshop, compile_part, export_rivals
+from exporter.lowering.engine import compile_part, export_rivals
+from exporter.lowering.workshop import Column, Workshop
 from exporter.metrics.sparse import Weighed
 from exporter.networks.components import Component
 from exporter.states import components_of

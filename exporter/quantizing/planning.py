@@ -24,7 +24,7 @@ from calibration.sites import Site, sites_of
 from exporter.artifact import digest_of
 from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, RecipeError, ToolMissing
-from exporter.lowering.engine import Column
+from exporter.lowering.workshop import Column
 from exporter.metrics.latency import Timer
 from exporter.progress import Progress, task
 from exporter.pruners.notes import Notes

@@ -24,9 +24,9 @@ from exporter import __version__
 from exporter.artifact import digest_of
 from exporter.errors import ComponentFailed, RecipeError, ToolMissing
 from exporter.loan import DenseLoan
-from exporter.lowering.engine import Column
 from exporter.lowering.feeds import denoiser_call, recorded_calls
 from exporter.lowering.quantized import write_folded
+from exporter.lowering.workshop import Column
 from exporter.networks.components import Component
 from exporter.networks.quantization import FIT, TABLE, Quantization, write_quantization
 from exporter.progress import task

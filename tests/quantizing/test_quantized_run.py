@@ -19,7 +19,7 @@ from calibration.fitting import Fit
 from calibration.qdq import Manner
 from calibration.statistics import Feeds
 from exporter.errors import RecipeError
-from exporter.lowering.engine import Column
+from exporter.lowering.workshop import Column
 from exporter.networks.quantization import FIT, QUANTIZATION, TABLE, read_quantization
 from exporter.progress import Silent
 from exporter.pruners.notes import Notes

@@ -14,7 +14,7 @@ import exporter.run
 import targets
 from exporter.artifact import Artifact
 from exporter.errors import RecipeError
-from exporter.lowering.engine import Column
+from exporter.lowering.workshop import Column
 from exporter.networks.standins import Bypass, Shortcut
 from exporter.progress import Silent
 from exporter.recipe import Recipe
