@@ -37,9 +37,9 @@ How exact it is
     against coremltools' own values where it has any. Palettes and sparse weights are bit for bit what coremltools
     decompresses; scaled ones are rounded once where it rounds twice. On whole networks the evaluator's own part is
     1e-7 to 2e-6 of the largest output in 32 bits, as much as torch's. More between a package and torch is in the
-    package. Two causes stand out: the converter turns the scale and shift of group norms into ``batch_norm`` with an
-    epsilon of 1e-5, which makes each scale 5e-6 smaller; and it computes frequencies of timesteps with numpy, one unit
-    in the last place off torch's.
+    package. What to look at first: coremltools' pass ``common::fuse_elementwise_to_batchnorm`` turns the scale and
+    shift of group norms into ``batch_norm`` with an epsilon of 1e-5, which makes each scale 5e-6 smaller (up to 3e-5 on
+    whole networks); in 16 bits, squares in norms, and timesteps times frequencies.
 
 What it does not model
     What a device does: accumulation in fewer bits, fusions that skip a rounding, another order of sums, which unit runs

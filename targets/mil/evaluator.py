@@ -244,7 +244,12 @@ class Evaluator:
         return found
 
     def _answers(self, values: Mapping[str, Tensor]) -> dict[str, Array]:
-        return {spec.name: np.array(values[spec.name].numpy(), dtype=spec.dtype) for spec in self.outputs}
+        held = self.package.constants
+        found = {
+            name: self._constant(held[name]) if name in held else values[name]
+            for name in (spec.name for spec in self.outputs)
+        }
+        return {spec.name: np.array(found[spec.name].numpy(), dtype=spec.dtype) for spec in self.outputs}
 
     def _layer(self, operation: Operation) -> Layer:
         dtype = operation.outputs[0].dtype if operation.outputs else "unknown"

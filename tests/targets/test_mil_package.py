@@ -200,6 +200,22 @@ def test_a_shape_other_than_declared_is_refused_when_it_runs(copy: Path) -> None
         Evaluator(copy)({"x": X})
 
 
+def test_an_output_may_be_a_constant(copy: Path) -> None:
+    from targets.mil.evaluator import Evaluator
+    from targets.mil.package import read_package
+
+    weight = read_package(copy).operations[0].constant("weight")
+    assert weight is not None
+
+    def change(model: Any) -> None:
+        (function,) = model.mlProgram.functions.values()
+        function.block_specializations[function.opset].outputs[0] = weight.name
+
+    _change(copy, change)
+    found = Evaluator(copy)({"x": X})[weight.name]
+    np.testing.assert_array_equal(found, np.arange(54, dtype=np.float32).reshape(3, 2, 3, 3))
+
+
 def test_other_types_of_models_are_refused(copy: Path) -> None:
     _change(copy, lambda model: model.neuralNetwork.SetInParent())
     _refused(copy, "got neuralNetwork, expected mlProgram")
