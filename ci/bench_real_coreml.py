@@ -1,6 +1,6 @@
 """Converts a U-Net of Stable Diffusion 1.5's size to Core ML, on random weights, and evaluates a call of each package.
 
-``python ci/bench_real_coreml.py OUT`` makes a random U-Net, answers a call in torch, converts it in 16 bits and as 6-bit
+``python ci/bench_real_coreml.py OUT`` makes a random U-Net, answers a call in torch, converts it in 16 and as 6-bit
 palettes, whole and in two chunks each, as a recipe does it (with the search for what overflows, on that call), and lets
 our evaluator answer the same call. Each step is a process of its own and prints one JSON line with its time and its
 most memory. Core ML itself runs nowhere here: times are those of this machine, and say nothing about a device.
