@@ -156,6 +156,12 @@ def compress(
     chosen = {item: word for item, word in asked.items() if word != "float" and not _unfit(item, word, group)}
     after = _Work(library, group, exact).done(model, chosen)
     found = {item.op: item for item in stored_weights(after)}
+    lost = [item.op for item in asked if item.op not in found]
+    if lost:
+        raise TargetError(
+            f"{PLACE}: coremltools changed {lost[0]} while it compressed weights; got a program without it, expected "
+            "the same operations. Convert the network again, or write weights: float."
+        )
     told = tuple(_told(item, found[item.op], word, group) for item, word in asked.items())
     return Compressed(after, told)
 
