@@ -6,10 +6,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from coremltools.models import MLModel
+from targets.base import require
+
+MlModel = Any
+"""An ``MLModel`` of coremltools, which has no types."""
+INSTALL = "pip install 'diffusion-exporter[coreml]'"
 
 _WEIGHTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y", "gather": "x"}
 """Operation -> which of its inputs is its weight, where that is a constant."""
@@ -42,7 +45,7 @@ class Stored:
     nbytes: int
 
 
-def stored_weights(model: MLModel) -> tuple[Stored, ...]:
+def stored_weights(model: MlModel) -> tuple[Stored, ...]:
     """Return the constant weights of convolutions, linear layers and embeddings, in the order of execution."""
     operations = operations_of(model)
     makers = {output.name: operation for operation in operations for output in operation.outputs}
@@ -66,7 +69,7 @@ def stored_weights(model: MLModel) -> tuple[Stored, ...]:
     return tuple(found)
 
 
-def operations_of(model: MLModel) -> list[Any]:
+def operations_of(model: MlModel) -> list[Any]:
     """Return the operations of a program, as its description has them, in the order of execution."""
     program = model.get_spec().mlProgram
     function = next(iter(program.functions.values()))
@@ -153,9 +156,8 @@ def _dimensions(kind: Any) -> tuple[int, ...]:
 
 
 def _type_name(kind: Any) -> str:
-    from coremltools.proto.MIL_pb2 import DataType
-
-    return str(DataType.Name(kind.tensorType.dataType))
+    library: Any = require("coremltools.proto.MIL_pb2", "target coreml", INSTALL)
+    return str(library.DataType.Name(kind.tensorType.dataType))
 
 
 def _bits(kind: Any) -> int:

@@ -15,17 +15,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from targets.base import TargetError, require
-from targets.coreml_stored import Stored, stored_weights
+from targets.coreml_stored import INSTALL, MlModel, Stored, stored_weights
 from targets.palettes import Codes, distinct, palette_of
-
-if TYPE_CHECKING:
-    from coremltools.models import MLModel
 
 PLACE = "target coreml: weights"
 LEAST = 2048
@@ -91,7 +88,7 @@ class Compressed:
         weights: what became of each weight of a convolution, linear layer or embedding, in the order of execution.
     """
 
-    model: MLModel
+    model: MlModel
     weights: tuple[Weight, ...]
 
 
@@ -123,7 +120,7 @@ def check_weights(weights: str, deployment: str, group: int = 0) -> None:
 
 
 def compress(
-    model: MLModel,
+    model: MlModel,
     weights: str,
     deployment: str,
     *,
@@ -152,18 +149,24 @@ def compress(
     """
     for word in {weights, *plan.values()}:
         check_weights(word, deployment, group if _PALETTE in word else 0)
-    library: Any = require("coremltools.optimize.coreml", PLACE, "pip install 'diffusion-exporter[coreml]'")
+    library: Any = require("coremltools.optimize.coreml", PLACE, INSTALL)
     _check_version(model, deployment)
     before = stored_weights(model)
     asked = _asked(before, weights, plan)
     chosen = {item: word for item, word in asked.items() if word != "float" and not _unfit(item, word, group)}
     after = _Work(library, group, exact).done(model, chosen)
     found = {item.op: item for item in stored_weights(after)}
+    lost = [item.op for item in asked if item.op not in found]
+    if lost:
+        raise TargetError(
+            f"{PLACE}: coremltools changed {lost[0]} while it compressed weights; got a program without it, expected "
+            "the same operations. Convert the network again, or write weights: float."
+        )
     told = tuple(_told(item, found[item.op], word, group) for item, word in asked.items())
     return Compressed(after, told)
 
 
-def _check_version(model: MLModel, deployment: str) -> None:
+def _check_version(model: MlModel, deployment: str) -> None:
     got = int(model.get_spec().specificationVersion)
     if got != DEPLOYMENTS[deployment]:
         known = {version: name for name, version in DEPLOYMENTS.items()}
@@ -238,7 +241,7 @@ class _Work:
     group: int
     exact: bool
 
-    def done(self, model: MLModel, chosen: Mapping[Stored, str]) -> MLModel:
+    def done(self, model: MlModel, chosen: Mapping[Stored, str]) -> MlModel:
         """Return a model whose weights have become what was chosen; sparse first, since the rest is of what is left."""
         sparse = {item: word for item, word in chosen.items() if word.startswith(_SPARSE)}
         for share in sorted({_worth(item, word) for item, word in sparse.items()}):
@@ -263,7 +266,7 @@ class _Work:
         joint = any(sparse[item].endswith("int8") for item in thinned)
         return self._pass("linear_quantize_weights", model, integers, joint=joint)
 
-    def _pass(self, name: str, model: MLModel, forms: Mapping[Stored, Any], *, joint: bool) -> MLModel:
+    def _pass(self, name: str, model: MlModel, forms: Mapping[Stored, Any], *, joint: bool) -> MlModel:
         if not forms:
             return model
         # By the name of the weight, not of the operation: its bias may be another's too, which may become another form.

@@ -11,4 +11,8 @@ One graph with QuantizeLinear and DequantizeLinear serves every runtime. Its sta
 (`quantization.json`, and `quantization.txt` to read and edit) and the ranges. With `limit_db` the plan is made by
 measurement: the error of the answers with each unit alone in integers, the milliseconds of each unit from the target's
 own profile in floats and in integers, an exact knapsack, and the whole of it asked again.
+
+Palettes are for Core ML: weights alone, each as a code into a table of a few values, found by one-dimensional k-means
+and exact in 16 bits. In the graph they are floats of few values, so that every runtime can answer for the state. Mixed
+plans know what each unit costs at 8, 6, 4 and 2 bits, and choose one of them, or floats, for each by a knapsack.
 """
