@@ -247,7 +247,8 @@ def _quantize(stage: StageSpec, options: Any, job: _Job) -> dict[str, Any]:
         link_file(path, out / path.name)
     assert job.lab.float_graph is not None
     graph, rounds = job.lab.float_graph(job.parent, component), _rounds_results(job.lab.recipe)
-    digest, kept = job.parent.part_digest(component.folder), job.lab.out / "work" / "quantizing"
+    digest = job.parent.part_digest(component.folder, without=QUANTIZATION_FILES)
+    kept = job.lab.out / "work" / "quantizing"
     subject = Subject(component, folder, digest, graph, rounds, job.lab.column, job.workdir, kept)
     return {"component": component.name, **quantize(subject, options, _loan(job, "quantize"), out)}
 

@@ -28,10 +28,9 @@ def check_order(stages: Sequence[StageSpec]) -> None:
     for index, stage in enumerate(stages):
         name = str(stage.options.get("component", "denoiser"))
         part = "the denoiser" if name in _DENOISERS else name
-        if part in done:
-            word = stage.kind if stage.kind != "quantize" else "another quantize"
+        if part in done and stage.kind != "quantize":  # another quantize takes the place of the one before
             raise RecipeError(
-                f"stages[{index}].{stage.kind}: got {word} after {part} was quantized in stages[{done[part]}], "
+                f"stages[{index}].{stage.kind}: got {stage.kind} after {part} was quantized in stages[{done[part]}], "
                 "expected quantization last: its ranges are those of the weights it saw. Move it behind."
             )
         if stage.kind == "quantize":

@@ -197,8 +197,8 @@ def stages(*specs: dict[str, dict[str, object]]) -> list[StageSpec]:
             r"stages\[1\]\.prune: got prune after the denoiser was quantized in stages\[0\], expected quantiz",
         ),
         (
-            [{"quantize": {"scheme": "int8"}}, {"quantize": {"scheme": "int8", "component": "unet"}}],
-            r"stages\[1\]\.quantize: got another quantize after the denoiser",
+            [{"quantize": {"scheme": "int8"}}, {"tune": {"method": "distill", "component": "unet"}}],
+            r"stages\[1\]\.tune: got tune after the denoiser was quantized in stages\[0\]",
         ),
         (
             [{"prune": {"method": "deepcache"}}, {"quantize": {"scheme": "int8"}}],
@@ -209,6 +209,10 @@ def stages(*specs: dict[str, dict[str, object]]) -> list[StageSpec]:
 def test_what_cannot_stand_beside_quantization_is_refused(specs, message):
     with pytest.raises(RecipeError, match=message):
         check_order(stages(*specs))
+
+
+def test_another_quantization_takes_the_place_of_the_one_before():
+    check_order(stages({"quantize": {"scheme": "int8"}}, {"quantize": {"scheme": "int4-weights", "component": "unet"}}))
 
 
 def test_two_components_may_be_quantized():
