@@ -25,10 +25,10 @@ ENV PIP_NO_CACHE_DIR=1 \
     HF_HUB_DISABLE_TELEMETRY=1
 
 FROM base AS cpu
-ENV SETUP_EXTRAS=openvino,dev
+ENV SETUP_EXTRAS=openvino,coreml,dev
 
 FROM base AS cuda
-ENV SETUP_EXTRAS=openvino,tensorrt-rtx,dev \
+ENV SETUP_EXTRAS=openvino,coreml,tensorrt-rtx,dev \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

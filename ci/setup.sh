@@ -5,13 +5,13 @@
 #
 # Needs Python 3.11 or newer and pip; no root, no system packages. From the environment it takes
 #   PYTHON              the interpreter; by default the first of python3.11, python3.12, ... that is new enough
-#   SETUP_EXTRAS        the extras where none are given; by default openvino,tensorrt-rtx,dev
+#   SETUP_EXTRAS        the extras where none are given; by default openvino,coreml,tensorrt-rtx,dev
 #   TORCH_REQUIREMENT   which torch; by default torch==2.13.0
 # and where pip finds packages is pip's own matter (its configuration files and variables).
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-extras=${1:-${SETUP_EXTRAS:-openvino,tensorrt-rtx,dev}}
+extras=${1:-${SETUP_EXTRAS:-openvino,coreml,tensorrt-rtx,dev}}
 torch=${TORCH_REQUIREMENT:-torch==2.13.0}
 venv=$root/.venv
 unfinished=$venv/.setup-unfinished
