@@ -40,6 +40,7 @@ class Device:
         steps: of distillation.
         images: that are made and compared.
         faster: a gate: the final state's latency as a share of dense; None without.
+        columns: names of `_TARGETS`.
     """
 
     about: str
@@ -48,17 +49,21 @@ class Device:
     steps: int
     images: int
     faster: float | None
+    columns: tuple[str, ...] = ("openvino", "ort")
 
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device("Any x86 or Arm computer: the model as it is, no stages.", None, None, 0, 4, None),
     "laptop": Device("A laptop: a quarter of the widths goes, distillation repairs.", 4, 0.75, 500, 4, 0.95),
-    "phone": Device("A phone-sized budget: half of the widths goes, two threads.", 2, 0.5, 2000, 4, 0.8),
+    "phone": Device(
+        "A phone-sized budget: half of the widths goes, two threads.", 2, 0.5, 2000, 4, 0.8, ("ort", "coreml")
+    ),
 }
 
 _TARGETS: Mapping[str, tuple[str, str]] = {
     "openvino": ("openvino", "precision: f32"),
     "ort": ("onnxruntime", "precision: f32"),
+    "coreml": ("coreml", "deployment: iOS17"),
 }
 """Name of a column to its target type and what it always says."""
 
@@ -208,7 +213,7 @@ def _targets(device: Device) -> list[str]:
     lines, usable = ["targets:  # variants of one type are columns of the report"], 0
     threads = "" if device.threads is None else f", threads: {device.threads}"
     missing = []
-    for name, (kind, options) in _TARGETS.items():
+    for name, (kind, options) in ((name, _TARGETS[name]) for name in device.columns):
         here = targets.target(kind).capabilities()
         line = f"  {name}: {{type: {kind}, {options}{threads}}}"
         usable += here.runs

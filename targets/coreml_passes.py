@@ -36,8 +36,9 @@ def _register() -> None:
 
         def apply(self, prog: Any) -> None:
             for function in prog.functions.values():
-                for operation in list(function.operations):
-                    if operation.op_type == "batch_norm" and _is_fused(operation):
+                fused = [item for item in function.operations if item.op_type == "batch_norm" and _is_fused(item)]
+                with function:  # leaving it looks through the whole program: once for all
+                    for operation in fused:
                         _mend(function, operation)
 
     register_pass(namespace="exporter", name="exact_batchnorm")(ExactBatchnorm)
@@ -53,7 +54,6 @@ def _mend(function: Any, operation: Any) -> None:
 
     given = {name: operation.inputs[name] for name in ("x", "mean", "gamma", "beta", "epsilon")}
     smaller = operation.variance.val - operation.epsilon.val
-    with function:
-        made = Builder.batch_norm(**given, variance=smaller, name=operation.name, before_op=operation)
+    made = Builder.batch_norm(**given, variance=smaller, name=operation.name, before_op=operation)
     function.replace_uses_of_var_after_op(anchor_op=operation, old_var=operation.outputs[0], new_var=made)
     function.remove_ops([operation])

@@ -69,11 +69,12 @@ def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
 
 @kernel("concat", "values*", exact=True)
 def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Tensor:
-    """Return tensors one after the other along an axis; in turns where interleaved."""
+    """Return tensors one after the other along an axis; in turns where interleaved; single numbers as one axis."""
+    parts = [value.reshape(1) if value.ndim == 0 else value for value in values]
     if not interleave:
-        return torch.cat(list(values), dim=axis)
-    place = axis % values[0].ndim
-    return torch.stack(list(values), dim=place + 1).flatten(place, place + 1)
+        return torch.cat(parts, dim=axis)
+    place = axis % parts[0].ndim
+    return torch.stack(parts, dim=place + 1).flatten(place, place + 1)
 
 
 @kernel("stack", "values*", exact=True)
