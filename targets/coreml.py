@@ -28,7 +28,7 @@ DEPLOYMENTS = ("iOS16", "iOS17", "iOS18")
 UNITS = ("all", "cpu-and-neural-engine", "cpu-and-gpu", "cpu")
 _UNTIMED = (
     "evaluated with torch, not run by Core ML: its time says nothing about a device. Take a kit to a Mac: `exporter "
-    "kit RUN --target NAME`, there `bash ci/macos.sh KIT` or the kit's measure.py, then `exporter merge RUN result.json`"
+    "kit RUN --target NAME`, there `bash ci/macos.sh KIT` or its measure.py, then `exporter merge RUN result.json`"
 )
 
 
