@@ -88,6 +88,7 @@ class CoreMl:
     needs = ("coremltools",)
     schemes = ()
     rounds_results = False
+    runtime_options = ("compute_units", "threads")
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do."""
