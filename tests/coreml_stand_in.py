@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from targets.base import TargetError
 from targets.mil.evaluator import Evaluator
 from targets.mil.package import Operation, read_package
 
@@ -66,7 +67,10 @@ class Proxy:
             if not array.flags.writeable or array.dtype not in (np.int32, np.float32, np.float64):
                 raise RuntimeError("value type not convertible")
             fed[spec.name] = np.ascontiguousarray(array, spec.dtype)
-        found = self._evaluator(fed)
+        try:
+            found = self._evaluator(fed)
+        except TargetError as error:
+            raise RuntimeError(str(error)) from error
         halves = {
             name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in found.items()
         }
@@ -78,15 +82,15 @@ class DeviceProxy:
 
 
 class PlanProxy:
-    """``_MLComputePlanProxy``: layers with weights go to the Neural Engine, where they may, the rest to the CPU."""
+    """``_MLComputePlanProxy``: layers with weights go to the fastest unit that they may, the rest to the CPU."""
 
     def __init__(self, path: Path, units: str) -> None:
         from coremltools.models import compute_device, compute_plan
 
-        self._plan, self._units = compute_plan, units
-        device = DeviceProxy()
-        self._cpu = compute_device.MLCPUComputeDevice(device)
-        self._engine = compute_device.MLNeuralEngineComputeDevice(device)
+        self._plan = compute_plan
+        units = "CPU_AND_GPU_AND_NE" if units == "ALL" else units
+        kinds = {"CPU": "MLCPUComputeDevice", "GPU": "MLGPUComputeDevice", "NE": "MLNeuralEngineComputeDevice"}
+        self._may = [getattr(compute_device, name)(DeviceProxy()) for key, name in kinds.items() if key in units]
         operations = [self._operation(item) for item in read_package(path).operations]
         operations[:0] = [self._named("const", "weight")]
         operations.append(self._named("ios17.reshape", "made_by_the_compiler"))
@@ -109,9 +113,7 @@ class PlanProxy:
         kind = operation.operator_name.rpartition(".")[2]
         if kind == "const" or kind.startswith("constexpr"):
             return None
-        may = [self._cpu] if self._units == "CPU_ONLY" else [self._cpu, self._engine]
-        chosen = may[-1] if kind in HEAVY else self._cpu
-        return self._plan.MLComputePlanDeviceUsage(chosen, may)
+        return self._plan.MLComputePlanDeviceUsage(self._may[-1 if kind in HEAVY else 0], self._may)
 
     def get_estimated_cost_for_mlprogram_operation(self, operation: Any) -> Any:
         kind = operation.operator_name.rpartition(".")[2]

@@ -10,53 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 pytest.importorskip("coremltools", reason="coremltools is not installed: pip install 'diffusion-exporter[coreml]'")
 
 import coreml_stand_in
+from coreml_nets import evaluated, fed, made
 
 from targets.base import TargetError
 from targets.coreml import CoreMl, CoreMlOptions
 from targets.coreml_device import ESTIMATED, UNITS, machine_name
 from targets.coreml_package import MANIFEST, Manifest
-from targets.coreml_session import CoreMlSession
 from targets.mil.package import read_package
-from targets.torch_source import TorchProgram
 
 pytestmark = pytest.mark.filterwarnings(
     *("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
     "ignore:overflow encountered in cast:RuntimeWarning",  # coremltools, of limits of integers
 )
-
-
-class Net(nn.Module):
-    """A convolution that an integer scales, and two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(4, 8, 3, padding=1)
-        self.blocks = nn.ModuleList([nn.Linear(8, 64), nn.Linear(64, 8)])
-
-    def forward(self, sample, count):
-        hidden = (self.first(sample) * count.float()).permute(0, 2, 3, 1)
-        return self.blocks[1](torch.nn.functional.silu(self.blocks[0](hidden)))
-
-
-def fed(seed=0):
-    sample = np.random.default_rng(seed).normal(size=(2, 4, 8, 8)).astype(np.float32)
-    return {"sample": sample, "count": np.array(3, np.int32)}
-
-
-def made(folder: Path, **options):
-    folder.mkdir()
-    inputs = {"sample": np.zeros((2, 4, 8, 8), np.float32), "count": np.zeros((), np.int32)}
-    facts = {"weights_sha256": "e" * 64}
-    source = TorchProgram("unet", Net(), inputs, ("out",), facts=facts, is_denoiser=True)
-    CoreMl().convert(source, folder, CoreMlOptions(**options))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +41,6 @@ def cut(tmp_path_factory):
 @pytest.fixture
 def native(monkeypatch, tmp_path):
     return coreml_stand_in.install(monkeypatch, tmp_path)
-
-
-def evaluated(folder: Path, feeds):
-    return CoreMlSession(folder / MANIFEST, CoreMlOptions(), core_ml=False)(feeds)["out"]
 
 
 @pytest.mark.parametrize("units", UNITS)
