@@ -100,7 +100,7 @@ class CoreMl:
 
             return Capabilities(True, True, version, f"Core ML on {machine_name()}", ("f32", "f16"), INSTALL)
         if installed_version("torch") is None:
-            reason = "'torch' is not installed, which evaluates packages where there is no Core ML."
+            reason = "'torch' is not installed, which evaluates packages off macOS: pip install torch, or use a Mac."
             return Capabilities(False, False, version, "", (), INSTALL, reason)
         device = "ML Programs evaluated with torch, not Core ML"
         return Capabilities(True, True, version, device, ("f32", "f16"), INSTALL, untimed=_UNTIMED)

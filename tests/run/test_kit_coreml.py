@@ -159,6 +159,14 @@ def test_options_that_a_host_cannot_change_are_told_with_what_to_write(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_host_without_core_ml_and_torch_is_told_what_it_lacks(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("targets.coreml.installed_version", lambda name: None if name == "torch" else "9.0")
+    assert measure(kit, ["--out", str(tmp_path / "out")]) == 4
+    assert "off macOS: pip install torch, or use a Mac. Run: pip install -r " in capsys.readouterr().err
+
+
 def test_a_kit_holds_every_module_of_the_targets_and_asks_for_no_torch(kit: Path, root: Path) -> None:
     wanted = {file.relative_to(root) for file in root.glob("targets/**/*.py")}
     assert {file.relative_to(kit / "lib") for file in kit.glob("lib/targets/**/*.py")} == wanted

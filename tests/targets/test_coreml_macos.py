@@ -38,8 +38,9 @@ DEVICES = {
     "cpu-and-neural-engine": {"CPU", "Neural Engine"},
     "all": {"CPU", "GPU", "Neural Engine"},
 }
-FLOAT_ON_CPU, FLOAT, HALF = 1e-5, 2e-3, 2e-2
-"""Largest differences over the largest answer: other units may multiply floats in fewer bits."""
+FLOAT_ON_CPU, FLOAT, HALF = 1e-4, 2e-3, 2e-2
+"""Largest differences over the largest answer. A wrong parameter makes 1e-3 and more (`tests/targets/test_mil_networks`
+plants some); other units may multiply floats in fewer bits."""
 Packages = Callable[..., Path]
 
 
@@ -128,7 +129,7 @@ def test_answers_are_the_callers_and_inputs_may_be_read_only(packages: Packages)
     for seed in range(1, 20):
         session(fed(seed))
     assert np.array_equal(first, kept)
-    assert np.array_equal(session(feeds)["out"], kept)
+    assert np.allclose(session(feeds)["out"], kept, rtol=0, atol=HALF * np.abs(kept).max())
 
 
 @pytest.mark.parametrize("units", UNITS)
