@@ -20,6 +20,7 @@ _LIBRARIES = (
     "openvino",
     "tensorrt",
     "tensorrt_rtx",
+    "coremltools",
     "torch-pruning",
     "torchmetrics",
     "numpy",

@@ -27,8 +27,8 @@ INSTALL = "pip install 'diffusion-exporter[coreml]'"
 DEPLOYMENTS = ("iOS16", "iOS17", "iOS18")
 UNITS = ("all", "cpu-and-neural-engine", "cpu-and-gpu", "cpu")
 _UNTIMED = (
-    "evaluated with torch, not run by Core ML: its time says nothing about a device. On a Mac, run bash ci/macos.sh "
-    "with this run's folder"
+    "evaluated with torch, not run by Core ML: its time says nothing about a device. Take a kit to a Mac: `exporter "
+    "kit RUN --target NAME`, there `bash ci/macos.sh KIT` or its measure.py, then `exporter merge RUN result.json`"
 )
 
 
@@ -88,6 +88,7 @@ class CoreMl:
     needs = ("coremltools",)
     schemes = ("int8", "int8-weights", "palette-2", "palette-4", "palette-6", "palette-8")
     rounds_results = False
+    runtime_options = ("compute_units", "threads")
 
     def capabilities(self) -> Capabilities:
         """Say what this machine can do."""
@@ -95,9 +96,11 @@ class CoreMl:
         if version is None:
             return Capabilities(False, False, None, "", (), INSTALL, "'coremltools' is not installed.")
         if runs_core_ml():
-            return Capabilities(True, True, version, "Core ML", ("f32", "f16"), INSTALL)
+            from targets.coreml_device import machine_name
+
+            return Capabilities(True, True, version, f"Core ML on {machine_name()}", ("f32", "f16"), INSTALL)
         if installed_version("torch") is None:
-            reason = "'torch' is not installed, which evaluates packages where there is no Core ML."
+            reason = "'torch' is not installed, which evaluates packages off macOS: pip install torch, or use a Mac."
             return Capabilities(False, False, version, "", (), INSTALL, reason)
         device = "ML Programs evaluated with torch, not Core ML"
         return Capabilities(True, True, version, device, ("f32", "f16"), INSTALL, untimed=_UNTIMED)
@@ -127,6 +130,8 @@ class CoreMl:
         here = self.capabilities()
         if not here.available:
             raise TargetMissing(f"{PLACE}: {here.reason} Run: {here.install}")
+        if runs_core_ml():
+            coremltools()  # its import takes seconds, which belong to no opening
 
     def compile(self, source: Path, out: Path, options: CoreMlOptions) -> None:
         """Refuse: packages are made from the torch network, see `convert`.

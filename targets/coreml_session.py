@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import platform
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +21,14 @@ from targets.base import (
     check_feeds,
     installed_version,
 )
-from targets.coreml import PLACE, coremltools
+from targets.coreml import PLACE
+from targets.coreml_device import OnDevice
 from targets.coreml_lint import lint
 from targets.coreml_package import DIGEST, Manifest, Port
 from targets.mil.package import read_package
 
 if TYPE_CHECKING:
     from targets.coreml import CoreMlOptions
-
-_UNITS = {"all": "ALL", "cpu-and-neural-engine": "CPU_AND_NE", "cpu-and-gpu": "CPU_AND_GPU", "cpu": "CPU_ONLY"}
 
 
 class _Runner(Protocol):
@@ -40,6 +39,8 @@ class _Runner(Protocol):
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]: ...
 
     def layers(self) -> tuple[Layer, ...]: ...
+
+    def notes(self) -> tuple[str, ...]: ...
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]: ...
 
@@ -76,30 +77,39 @@ class CoreMlSession:
             values = self._inside(feeds)
             for runner in self._open():
                 values |= runner({name: values[name] for name in runner.inputs})
-        ports = self._manifest.outputs
-        return {port.name: _outside(values[port.inside], port) for port in ports}
+        place = f"{PLACE}: {self._path}"
+        return {port.name: _outside(values[port.inside], port, place) for port in self._manifest.outputs}
 
     def evidence(self) -> Evidence:
-        """Return the operations of the programs with the types that they declare, and what became of weights."""
+        """Return the operations of the programs with the types that they declare, and what became of weights.
+
+        Devices are those of Core ML's compute plan, where it runs here.
+        """
         with self._lock:
-            layers = tuple(layer for runner in self._open() for layer in runner.layers())
-        version = installed_version("coremltools")
-        how = f"Core ML, units: {self._options.compute_units}" if self._core_ml else "evaluated with torch, not Core ML"
+            runners = self._open()
+            layers = tuple(layer for runner in runners for layer in runner.layers())
+            told = [(name, runner.notes()) for name, runner in zip(self._manifest.packages, runners, strict=True)]
+        runtime = f"coremltools {installed_version('coremltools')}"
+        how = "evaluated with torch, not Core ML"
+        if self._core_ml:
+            runtime = f"Core ML of macOS {platform.mac_ver()[0]}, {runtime}"
+            how = f"Core ML, units: {self._options.compute_units}"
         notes = [f"for {self._manifest.deployment} and newer; {how}"]
-        if not self._core_ml:
-            notes.append("types are those that the program declares; where a device places an operation is not known")
+        notes += [f"{name}: {note}" if len(told) > 1 else note for name, said in told for note in said]
         if self._manifest.kept_in_float:
             kept = ", ".join(f"{name} ({value:.4g})" for name, value in list(self._manifest.kept_in_float.items())[:5])
             notes.append(f"kept in 32 bits, since they overflow 16: {len(self._manifest.kept_in_float)}: {kept}")
         notes += weight_notes(self._manifest.weights)
         held = [read_package(self._path.parent / name) for name in self._manifest.packages]
         placement = lint(held, self._manifest.modules)
-        return Evidence(
-            f"coremltools {version}", how, self._options.precision, layers, tuple(notes), placement=placement
-        )
+        return Evidence(runtime, how, self._options.precision, layers, tuple(notes), placement=placement)
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
-        """Return what every operation takes where it runs here: in the evaluator, which says nothing of a device."""
+        """Return what every operation takes here.
+
+        Core ML times no operation: the time of whole calls is shared out by its own estimate, and operations without
+        one are left out. What the evaluator takes says nothing of a device.
+        """
         check_feeds(self.inputs, feeds, f"{PLACE}: {self._path}")
         found: list[Timed] = []
         with self._lock:
@@ -142,6 +152,9 @@ class _Evaluated:
     def layers(self) -> tuple[Layer, ...]:
         return self._evaluator.evidence().layers
 
+    def notes(self) -> tuple[str, ...]:
+        return ("types are those that the program declares; where a device places an operation is not known",)
+
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
         return tuple(self._evaluator.profile(feeds, calls))
 
@@ -149,59 +162,17 @@ class _Evaluated:
         self._evaluator.close()
 
 
-class _OnDevice:
-    """A package that Core ML runs; on macOS only."""
-
-    def __init__(self, path: Path, options: CoreMlOptions) -> None:
-        library: Any = coremltools()
-        self._path, self._units = path, getattr(library.ComputeUnit, _UNITS[options.compute_units])
-        self._model: Any = library.models.MLModel(str(path), compute_units=self._units)
-        self.inputs = tuple(entry.name for entry in self._model.get_spec().description.input)
-
-    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        try:
-            return {name: np.asarray(value) for name, value in self._model.predict(dict(feeds)).items()}
-        except RuntimeError as error:
-            raise TargetError(f"{PLACE}: {self._path}: failed while running: {error}") from error
-
-    def layers(self) -> tuple[Layer, ...]:
-        """Return where Core ML plans to run every operation, and what each costs by its own estimate."""
-        library: Any = coremltools()
-        plan = library.models.compute_plan.MLComputePlan.load_from_path(
-            self._model.get_compiled_model_path(), compute_units=self._units
-        )
-        block = plan.model_structure.program.functions["main"].block
-        found = []
-        for operation in block.operations:
-            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
-            if usage is not None:
-                device = type(usage.preferred_compute_device).__name__.removeprefix("ML").removesuffix("ComputeDevice")
-                names = [output.name for output in operation.outputs]
-                found.append(Layer(names[0], operation.operator_name, "unknown", "", device, ",".join(names)))
-        return tuple(found)
-
-    def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
-        """Return the time of whole calls, shared out by Core ML's own estimate of what operations cost."""
-        self(feeds)
-        started = time.perf_counter()
-        for _ in range(calls):
-            self(feeds)
-        whole = 1e3 * (time.perf_counter() - started) / calls
-        layers = self.layers()
-        return tuple(Timed(layer, whole / len(layers)) for layer in layers)
-
-    def close(self) -> None:
-        self._model = None
-
-
 def _loaded(path: Path, manifest: Manifest, options: CoreMlOptions, *, core_ml: bool) -> _Runner:
-    held = read_package(path).metadata.get(DIGEST, "")
+    package = read_package(path)
+    held = package.metadata.get(DIGEST, "")
     if held != manifest.digest:
         raise TargetError(
             f"{PLACE}: {path}: a package of another state; got one made from weights {held[:12] or 'unnamed'}, "
             f"expected {manifest.digest[:12]}. Put back the package that was compiled, or compile again."
         )
-    return _OnDevice(path, options) if core_ml else _Evaluated(path, manifest, options.threads)
+    if core_ml:
+        return OnDevice(package, manifest.modules, options.compute_units)
+    return _Evaluated(path, manifest, options.threads)
 
 
 def weight_notes(told: Mapping[str, Any]) -> list[str]:
@@ -224,5 +195,21 @@ def _spec(port: Port) -> TensorSpec:
     return TensorSpec(port.name, port.dtype, shape)
 
 
-def _outside(value: Array, port: Port) -> Array:
-    return np.asarray(value, dtype=port.dtype)
+def _outside(value: Array, port: Port, place: str) -> Array:
+    """Return an answer in the type and shape of its port; Core ML gives scalars an axis.
+
+    Raises:
+        TargetError: it has another shape.
+    """
+    found = np.asarray(value, dtype=port.dtype, order="C")
+    if len(found.shape) == len(port.shape) and all(map(_fits, found.shape, port.shape)):
+        return found
+    if [length for length in found.shape if length != 1] == [length for length in port.shape if length != 1]:
+        return found.reshape(port.shape)
+    raise TargetError(
+        f"{place}: output '{port.name}': got {found.shape}, expected {port.shape} (-1 is any size). Compile it again."
+    )
+
+
+def _fits(length: int, wanted: int) -> bool:
+    return wanted in (-1, length)

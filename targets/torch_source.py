@@ -45,7 +45,13 @@ class TorchProgram:
 
 @runtime_checkable
 class FromTorch(Protocol):
-    """A target that is compiled from a network in memory, and takes no ONNX."""
+    """A target that is compiled from a network in memory, and takes no ONNX.
+
+    Attributes:
+        runtime_options: those that an engine can be opened with other than it was converted with.
+    """
+
+    runtime_options: tuple[str, ...]
 
     def convert(self, program: TorchProgram, out: Path, options: Any) -> None:
         """Build an engine, as `Target.compile` does; the module may be changed by it."""

@@ -48,6 +48,7 @@ from exporter.networks.schedule import SCHEDULE
 from exporter.report.record import CellRecord, TargetRecord
 from exporter.sessions import fitted, open_network, run_batched
 from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over_float, timer_of
+from exporter.validation import one_of
 from targets.base import Session, Target, TargetError, engine_file_of
 from targets.torch_source import FromTorch
 
@@ -192,6 +193,11 @@ def _host(folder: Path, out: Path, name: str, changed: Mapping[str, Any]) -> Hos
     facts = facts.model_copy(update={"options": {**facts.options, **changed}})
     fix = f"pip install -r {folder / 'requirements.txt'}"
     target, options = ready_target(facts.target, facts.type, facts.options, fix)
+    if isinstance(target, FromTorch) and (late := sorted(changed.keys() - set(target.runtime_options))):
+        raise RecipeError(
+            f"--option: got '{late[0]}', which the kit's engines were converted with already; expected "
+            f"{one_of(target.runtime_options)}. Change it in the recipe, run that, and make another kit."
+        )
     return Host(kit, facts, target, options, f"{facts.target}@{name}", out)
 
 

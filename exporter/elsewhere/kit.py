@@ -323,6 +323,6 @@ def _write_lib(folder: Path) -> None:
 
 
 def _files_of_targets(root: Path) -> set[Path]:
-    """Return the modules of all targets, which load each other only when they are used."""
-    files = (root / "targets").rglob("*.py")
-    return {file.relative_to(root).with_suffix("") for file in files if file.stem != "__init__"}
+    """Return the modules and packages of all targets, which load each other only when they are used."""
+    files = (file.relative_to(root) for file in (root / "targets").rglob("*.py"))
+    return {file.parent if file.stem == "__init__" else file.with_suffix("") for file in files}

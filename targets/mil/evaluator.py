@@ -25,7 +25,6 @@ __all__ = ["Divergence", "Evaluator", "first_divergence"]
 DEVICE = "CPU (evaluated, not Core ML)"
 _PLACE = "ML Program evaluator"
 _SMALL = 16384
-_SHORT = {"float16": "f16", "float32": "f32", "float64": "f64", "bool": "bool"}
 _NO_MODULES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -252,9 +251,7 @@ class Evaluator:
         return {spec.name: np.array(found[spec.name].numpy(), dtype=spec.dtype) for spec in self.outputs}
 
     def _layer(self, operation: Operation) -> Layer:
-        dtype = operation.outputs[0].dtype if operation.outputs else "unknown"
-        short = _SHORT.get(dtype, dtype.replace("uint", "u").replace("int", "i"))
-        return Layer(operation.name, operation.type, short, "", DEVICE, self.module(operation))
+        return Layer(operation.name, operation.type, operation.precision, "", DEVICE, self.module(operation))
 
 
 def _check_shape(feature: Feature, shape: tuple[int, ...]) -> None:

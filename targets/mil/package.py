@@ -15,6 +15,7 @@ from targets.mil.proto import messages
 MAIN = "main"
 _DEPLOYMENTS = {"CoreML5": "iOS15", "CoreML6": "iOS16", "CoreML7": "iOS17", "CoreML8": "iOS18", "CoreML9": "iOS26"}
 _ARRAY_TYPES = {65568: "float32", 65600: "float64", 131104: "int32", 131080: "int8", 65552: "float16"}
+_SHORT = {"float16": "f16", "float32": "f32", "float64": "f64", "bool": "bool"}
 _MANIFEST = "Manifest.json"
 _AGAIN = "Save or copy the package again."
 
@@ -61,6 +62,12 @@ class Operation:
         """Return a parameter that is a constant, None where it is not there or is computed."""
         found = self.inputs.get(parameter, self.attributes.get(parameter))
         return found if isinstance(found, Constant) else None
+
+    @property
+    def precision(self) -> str:
+        """The type that its first result is declared in, such as ``f16`` or ``i32``; ``unknown`` where it has none."""
+        dtype = self.outputs[0].dtype if self.outputs else "unknown"
+        return _SHORT.get(dtype, dtype.replace("uint", "u").replace("int", "i"))
 
 
 @dataclass(frozen=True, eq=False)
