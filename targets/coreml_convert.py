@@ -229,14 +229,20 @@ def _compressed(model: Any, path: Path, options: CoreMlOptions, plan: Mapping[st
 
     Weights that their state has rounded hold few values, which are stored as they are.
     """
-    found = compress(model, options.weights, options.deployment, plan=plan, group=options.group, exact=bool(plan))
+    shrinks = options.weights != "float"
+    if plan:
+        found = compress(model, "float", options.deployment, plan=plan, exact=True)
+        if shrinks:  # what the state leaves alone
+            found = compress(found.model, options.weights, options.deployment, group=options.group)
+    else:
+        found = compress(model, options.weights, options.deployment, group=options.group)
     shutil.rmtree(path)
     found.model.save(str(path))
     became: dict[str, int] = {}
     for weight in found.weights:
         became[weight.became] = became.get(weight.became, 0) + 1
     return {
-        "asked": "its state says" if plan else options.weights,
+        "asked": " and ".join([*(["its state says"] if plan else []), *([options.weights] if shrinks else [])]),
         "became": became,
         "bytes": [sum(weight.before for weight in found.weights), sum(weight.after for weight in found.weights)],
         "left": {weight.op: weight.why for weight in found.weights if weight.why},

@@ -89,8 +89,22 @@ def _part(component: str, states: tuple[str, ...], evidence: Mapping[str, Any]) 
         devices=_counts(layers, "device"),
         groups=groups,
         layers=tuple(layers[:MAX_LAYERS]),
-        notes=tuple(str(note) for note in evidence.get("notes", ())),
+        notes=(*(str(note) for note in evidence.get("notes", ())), *_placement(evidence.get("placement"))),
     )
+
+
+def _placement(told: Any) -> list[str]:
+    """Return what a lint found for a device that is not here, a sentence for each rule."""
+    if not isinstance(told, Mapping):
+        return []
+    counts = f"{_text(told, 'risky')} of {_text(told, 'operations')} operations"
+    notes = [f"lint for the {_text(told, 'device')}: {counts} break a rule; it certifies nothing"]
+    for item in told.get("findings", ()):
+        if isinstance(item, Mapping):
+            place = ", ".join(map(str, list(item.get("examples", ()))[:1]))
+            rule = f"{_text(item, 'strength')}: {_text(item, 'rule')}: {_text(item, 'count')}, such as {place}"
+            notes.append(f"{rule}. {_text(item, 'fix')} ({_text(item, 'source')})")
+    return notes
 
 
 def _kind(layer: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -153,3 +153,20 @@ def test_tables_of_facts_come_behind_what_fits_on_a_line():
     shown = page._bounded(page.flat(page._short_first(facts)))
     assert [name for name, _ in shown][:4] == ["removed", "kept.asked", "kept.met", "scores.0"]
     assert shown[-1][0] == "..."
+
+
+def test_what_a_lint_found_is_told_rule_by_rule(record: RunRecord) -> None:
+    linted = cell()
+    rule = {"rule": "linear", "strength": "vendor", "source": "Apple", "fix": "Write it so.", "count": 7}
+    told = {
+        "device": "Neural Engine",
+        "risky": 7,
+        "operations": 9,
+        "findings": [{**rule, "examples": ["a (x)"]}, rule, 3],
+    }
+    linted.evidence = {"unet": {"placement": told}, "vae_decoder": {"placement": "nonsense"}}
+    ((_, parts),) = evidence.build(record.model_copy(update={"cells": [linted]}))
+    assert parts[0].notes[0] == "lint for the Neural Engine: 7 of 9 operations break a rule; it certifies nothing"
+    assert parts[0].notes[1] == "vendor: linear: 7, such as a (x). Write it so. (Apple)"
+    assert len(parts[0].notes) == 3
+    assert parts[1].notes == ()
