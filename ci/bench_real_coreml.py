@@ -70,7 +70,7 @@ def _convert(given: Namespace, variant: str) -> dict[str, Any]:
     from exporter.lowering.pinned import pin_timesteps
     from exporter.lowering.wrappers import signature, wrap
     from targets.coreml import CoreMl
-    from targets.coreml_package import Manifest
+    from targets.coreml.package import Manifest
     from targets.torch_source import TorchProgram
 
     out = given.out / variant

@@ -23,7 +23,7 @@ class TorchProgram:
         shapes: further shapes, each as long as `inputs`, that the engine takes too.
         calls: recorded inputs of the network, to prove the engine with.
         about: input, output or (empty name) component -> what it is, in a sentence.
-        ports: input or output -> what the engine calls it, and how it takes it (`targets.coreml_package.FORMS`), where
+        ports: input or output -> what the engine calls it, and how it takes it (`targets.coreml.package.FORMS`), where
             a loader of its own expects that; `inputs` and `calls` are as callers give them all the same.
         stored: path of a module -> how its weight is stored, where its state says so; others as the options say.
         facts: strings that go into the engine's metadata, ``weights_sha256`` among them.

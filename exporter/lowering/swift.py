@@ -13,7 +13,7 @@ from exporter.artifact import link_file, link_tree
 from exporter.errors import ComponentFailed
 from exporter.lowering.options import ExportOptions
 from exporter.networks.components import Component, Role
-from targets.coreml_package import MANIFEST, Manifest
+from targets.coreml.package import MANIFEST, Manifest
 
 FOLDER = "swift"
 SWIFT_PORTS: Mapping[Role, Mapping[str, tuple[str, str]]] = {

@@ -18,7 +18,7 @@ from exporter.report.record import RunRecord
 from exporter.report.writing import read_record
 from exporter.run import run_recipe
 from targets.coreml import CoreMl
-from targets.coreml_package import MANIFEST, Manifest
+from targets.coreml.package import MANIFEST, Manifest
 from targets.mil.package import read_package
 
 pytestmark = pytest.mark.slow

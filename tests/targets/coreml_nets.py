@@ -11,8 +11,8 @@ from torch import nn
 
 from targets.base import Array
 from targets.coreml import CoreMl, CoreMlOptions
-from targets.coreml_package import MANIFEST
-from targets.coreml_session import CoreMlSession
+from targets.coreml.package import MANIFEST
+from targets.coreml.session import CoreMlSession
 from targets.torch_source import TorchProgram
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 pytest.importorskip("coremltools", reason="coremltools is not installed: pip install 'diffusion-exporter[coreml]'")
 
-from targets import coreml_chunks
 from targets.base import TargetError, TargetMissing
 from targets.coreml import CoreMl, CoreMlOptions
-from targets.coreml_package import MANIFEST, Manifest
+from targets.coreml import chunks as coreml_chunks
+from targets.coreml.package import MANIFEST, Manifest
 from targets.mil.package import read_package
 from targets.torch_source import TorchProgram
 
@@ -138,7 +138,7 @@ def test_what_overflows_on_recorded_inputs_stays_in_32_bits_and_is_told(tmp_path
 
 
 def test_smaller_weights_are_stored_and_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("targets.coreml_weights.LEAST", 100)
+    monkeypatch.setattr("targets.coreml.weights.LEAST", 100)
     session = converted(tmp_path / "small", weights="palette-4")
     notes = " ".join(session.evidence().notes)
     assert "weights as palette-4: stored are palette-4 2, float 2" in notes

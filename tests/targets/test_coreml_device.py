@@ -18,8 +18,8 @@ from coreml_nets import evaluated, fed, made
 
 from targets.base import TargetError
 from targets.coreml import CoreMl, CoreMlOptions
-from targets.coreml_device import ESTIMATED, UNITS, machine_name
-from targets.coreml_package import MANIFEST, Manifest
+from targets.coreml.device import ESTIMATED, UNITS, machine_name
+from targets.coreml.package import MANIFEST, Manifest
 from targets.mil.package import read_package
 
 pytestmark = pytest.mark.filterwarnings(
@@ -107,7 +107,7 @@ def test_units_that_may_not_be_used_get_nothing(half, native):
 
 
 def test_decompressed_weights_have_no_device_and_are_counted_so(tmp_path, native, monkeypatch):
-    monkeypatch.setattr("targets.coreml_weights.LEAST", 100)
+    monkeypatch.setattr("targets.coreml.weights.LEAST", 100)
     session = CoreMl().open(made(tmp_path / "small", weights="palette-4"), CoreMlOptions())
     told = session.evidence()
     unpacked = [layer for layer in told.layers if layer.type == "constexpr_lut_to_dense"]
@@ -120,7 +120,7 @@ def test_decompressed_weights_have_no_device_and_are_counted_so(tmp_path, native
 def test_a_profile_shares_whole_calls_by_cost_and_leaves_out_what_has_none(half, native, monkeypatch):
     session = CoreMl().open(half, CoreMlOptions())
     ticks = iter(range(100))
-    monkeypatch.setattr("targets.coreml_device.time.perf_counter", lambda: 0.4 * next(ticks))  # 0.1 s in each of 4
+    monkeypatch.setattr("targets.coreml.device.time.perf_counter", lambda: 0.4 * next(ticks))  # 0.1 s in each of 4
     found = session.profile(fed(), 4)
     assert all(timed.layer.kernel == ESTIMATED for timed in found)
     assert coreml_stand_in.WITHOUT_COST not in {timed.layer.type for timed in found}
@@ -204,7 +204,7 @@ def test_what_was_compiled_goes_when_the_session_is_closed_or_forgotten(half, na
 
 def test_the_target_on_a_mac_names_its_processor(native, monkeypatch):
     machine_name.cache_clear()
-    monkeypatch.setattr("targets.coreml_device.subprocess.run", _told("Apple M2 Pro\n"))
+    monkeypatch.setattr("targets.coreml.device.subprocess.run", _told("Apple M2 Pro\n"))
     try:
         here = CoreMl().capabilities()
     finally:

@@ -21,8 +21,8 @@ from coreml_nets import evaluated, fed, made
 from targets import coreml
 from targets.base import TargetError
 from targets.coreml import CoreMl, CoreMlOptions
-from targets.coreml_device import UNITS
-from targets.coreml_package import MANIFEST, Manifest
+from targets.coreml.device import UNITS
+from targets.coreml.package import MANIFEST, Manifest
 from targets.mil.package import read_package
 
 pytestmark = [

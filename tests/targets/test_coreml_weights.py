@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from targets.base import TargetError
-from targets.coreml_stored import operations_of, stored_weights
-from targets.coreml_weights import BLOCK, LEAST, WORDS, Compressed, Weight, check_weights, compress
+from targets.coreml.stored import operations_of, stored_weights
+from targets.coreml.weights import BLOCK, LEAST, WORDS, Compressed, Weight, check_weights, compress
 
 pytest.importorskip("coremltools")
 

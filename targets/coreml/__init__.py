@@ -18,8 +18,8 @@ from targets.base import (
     installed_version,
     require,
 )
-from targets.coreml_package import MANIFEST
-from targets.coreml_weights import check_weights
+from targets.coreml.package import MANIFEST
+from targets.coreml.weights import check_weights
 from targets.torch_source import TorchProgram
 
 PLACE = "target coreml"
@@ -96,7 +96,7 @@ class CoreMl:
         if version is None:
             return Capabilities(False, False, None, "", (), INSTALL, "'coremltools' is not installed.")
         if runs_core_ml():
-            from targets.coreml_device import machine_name
+            from targets.coreml.device import machine_name
 
             return Capabilities(True, True, version, f"Core ML on {machine_name()}", ("f32", "f16"), INSTALL)
         if installed_version("torch") is None:
@@ -149,7 +149,7 @@ class CoreMl:
             TargetError: the network does not convert, or what came of it breaks one of Core ML's limits.
         """
         self.check(options)
-        from targets.coreml_convert import convert
+        from targets.coreml.convert import convert
 
         convert(program, out, options)
 
@@ -164,7 +164,7 @@ class CoreMl:
     def open(self, engine: Path, options: CoreMlOptions) -> Profiled:
         """Load the packages of a component: with Core ML on a Mac, for evaluation elsewhere."""
         self.check(options)
-        from targets.coreml_session import CoreMlSession
+        from targets.coreml.session import CoreMlSession
 
         return CoreMlSession(graph_path(engine, self.engine_file), options, core_ml=runs_core_ml())
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from targets.base import Array, TargetError
 from targets.coreml import PLACE, CoreMlOptions, coremltools
-from targets.coreml_chunks import chunked
-from targets.coreml_names import module_paths
-from targets.coreml_package import DIGEST, FORMS, PACKAGE, Manifest, Port
-from targets.coreml_passes import pipeline
-from targets.coreml_weights import compress
+from targets.coreml.chunks import chunked
+from targets.coreml.names import module_paths
+from targets.coreml.package import DIGEST, FORMS, PACKAGE, Manifest, Port
+from targets.coreml.passes import pipeline
+from targets.coreml.weights import compress
 from targets.torch_source import TorchProgram
 
 if TYPE_CHECKING:

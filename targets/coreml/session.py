@@ -22,9 +22,9 @@ from targets.base import (
     installed_version,
 )
 from targets.coreml import PLACE
-from targets.coreml_device import OnDevice
-from targets.coreml_lint import lint
-from targets.coreml_package import DIGEST, Manifest, Port
+from targets.coreml.device import OnDevice
+from targets.coreml.lint import lint
+from targets.coreml.package import DIGEST, Manifest, Port
 from targets.mil.package import read_package
 
 if TYPE_CHECKING:

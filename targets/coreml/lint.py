@@ -1,7 +1,7 @@
 """What in a saved ML Program speaks against the Neural Engine, by rules that each tell where they come from.
 
 This lints; it does not certify. Core ML decides on the device where an operation runs, and only its compute plan, on a
-Mac, tells (`targets.coreml_device`). A program without findings may still be placed elsewhere, and one with some may
+Mac, tells (`targets.coreml.device`). A program without findings may still be placed elsewhere, and one with some may
 run there all the same.
 """
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from targets.base import TargetError, require
-from targets.coreml_stored import INSTALL, MlModel, Stored, stored_weights
+from targets.coreml.stored import INSTALL, MlModel, Stored, stored_weights
 from targets.palettes import Codes, distinct, palette_of
 
 PLACE = "target coreml: weights"
