@@ -20,7 +20,7 @@ from targets.base import Array, TargetError
 from targets.coreml import PLACE, CoreMlOptions, coremltools
 from targets.coreml_chunks import chunked
 from targets.coreml_names import module_paths
-from targets.coreml_operators import register_operators
+from targets.coreml_operators import TrueQuotients, register_operators
 from targets.coreml_package import DIGEST, FORMS, PACKAGE, Manifest, Port
 from targets.coreml_passes import pipeline
 from targets.coreml_weights import compress
@@ -106,7 +106,7 @@ def _traced(program: TorchProgram) -> Any:
     jit: Any = torch.jit
     examples = tuple(torch.from_numpy(array.copy()) for array in _taken(program, program.inputs).values())
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), TrueQuotients(), warnings.catch_warnings():
             warnings.simplefilter("ignore", jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             return jit.trace(program.module.eval(), examples, strict=False, check_trace=False)
@@ -128,15 +128,16 @@ def _converted(
     takes = [_takes(library, port, program) for port in _ports(program).values()]
     answers = [library.TensorType(name=_outside(name, program), dtype=np.float32) for name in program.outputs]
     try:
-        return library.convert(
-            traced,
-            inputs=takes,
-            outputs=answers,
-            convert_to="milinternal",
-            minimum_deployment_target=_system(library, options),
-            compute_precision=precision,
-            pass_pipeline=pipeline(),
-        )
+        with np.errstate(over="ignore"):  # a mask's least number is minus infinity in 16 bits, and masks as well
+            return library.convert(
+                traced,
+                inputs=takes,
+                outputs=answers,
+                convert_to="milinternal",
+                minimum_deployment_target=_system(library, options),
+                compute_precision=precision,
+                pass_pipeline=pipeline(),
+            )
     except Exception as error:  # its converter raises whatever its parts raise
         raise TargetError(
             f"{PLACE}: {program.name}: coremltools cannot convert it; got {type(error).__name__}: {_reason(error)} "
@@ -171,7 +172,7 @@ class _Clock:
         self._driven: set[str] = set()
 
     def drives(self, operation: Any) -> bool:
-        if operation.op_type in (*_LAYERS, "const"):
+        if operation.op_type in (*_LAYERS, "const") and not _is_outer(operation):
             return False
         given = [value for values in operation.inputs.values() for value in _flat(values)]
         given = [value for value in given if value.op is None or value.op.op_type != "const"]
@@ -182,6 +183,11 @@ class _Clock:
         if driven:
             self._driven.add(operation.name)
         return driven
+
+
+def _is_outer(operation: Any) -> bool:
+    """Tell whether it multiplies every place with every frequency, which is no layer."""
+    return operation.op_type == "matmul" and not operation.transpose_x.val and operation.x.shape[-1] == 1
 
 
 def _flat(values: Any) -> list[Any]:
