@@ -9,7 +9,7 @@ import gc
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from targets.base import Array, TargetError
 from targets.coreml import PLACE, CoreMlOptions, coremltools
 from targets.coreml.chunks import chunked
 from targets.coreml.names import module_paths
+from targets.coreml.operators import TrueQuotients, register_operators
 from targets.coreml.package import DIGEST, FORMS, PACKAGE, Manifest, Port
 from targets.coreml.passes import pipeline
 from targets.coreml.weights import compress
@@ -32,9 +33,10 @@ _LARGEST = 65504.0
 """Of a 16-bit floating-point number."""
 _HEADROOM = 0.5
 """Of that: what recorded values may reach before the operation that makes them is kept in 32 bits."""
-_CLOCK = "timestep"
+_CLOCK = ("timestep", "guidance", "time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids")
+"""Inputs that networks take sines of: times, scales, sizes and places, up to a thousand and more."""
 _LAYERS = ("linear", "matmul", "conv", "einsum")
-"""Operations that end the way from the timestep to its sines: from there on it is an input as any other."""
+"""Operations that end the way from these to their sines: from there on it is an input as any other."""
 LARGEST_RANK = 5
 _ROUNDED = re.compile(r"_cast_fp(16|32)$")
 
@@ -104,7 +106,7 @@ def _traced(program: TorchProgram) -> Any:
     jit: Any = torch.jit
     examples = tuple(torch.from_numpy(array.copy()) for array in _taken(program, program.inputs).values())
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), TrueQuotients(), warnings.catch_warnings():
             warnings.simplefilter("ignore", jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             return jit.trace(program.module.eval(), examples, strict=False, check_trace=False)
@@ -118,22 +120,24 @@ def _converted(
     """Return coremltools' own program, with 16 bits where they are asked for and do."""
     precision = library.precision.FLOAT32
     if options.precision == "f16":
-        clock = _Clock()
+        clock = _Clock({port.inside for name, port in _ports(program).items() if name in _CLOCK})
         precision = library.transform.FP16ComputePrecision(
             op_selector=lambda operation: not clock.drives(operation) and plain_name(operation.name) not in kept
         )
+    register_operators()
     takes = [_takes(library, port, program) for port in _ports(program).values()]
     answers = [library.TensorType(name=_outside(name, program), dtype=np.float32) for name in program.outputs]
     try:
-        return library.convert(
-            traced,
-            inputs=takes,
-            outputs=answers,
-            convert_to="milinternal",
-            minimum_deployment_target=_system(library, options),
-            compute_precision=precision,
-            pass_pipeline=pipeline(),
-        )
+        with np.errstate(over="ignore"):  # a mask's least number is minus infinity in 16 bits, and masks as well
+            return library.convert(
+                traced,
+                inputs=takes,
+                outputs=answers,
+                convert_to="milinternal",
+                minimum_deployment_target=_system(library, options),
+                compute_precision=precision,
+                pass_pipeline=pipeline(),
+            )
     except Exception as error:  # its converter raises whatever its parts raise
         raise TargetError(
             f"{PLACE}: {program.name}: coremltools cannot convert it; got {type(error).__name__}: {_reason(error)} "
@@ -155,26 +159,35 @@ def _check_ranks(built: Any, program: TorchProgram) -> None:
 
 
 class _Clock:
-    """Knows the operations on the way from the timestep to its sines.
+    """Knows the operations on the way from the timestep, and whatever else is taken sines of, to the first layer.
 
     A timestep of 999 times a frequency has 11 bits in 16-bit floating point, which leaves a sine of it nearly random.
+
+    Args:
+        inputs: names of those, as the program has them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Collection[str]) -> None:
+        self._inputs = inputs
         self._driven: set[str] = set()
 
     def drives(self, operation: Any) -> bool:
-        if operation.op_type in (*_LAYERS, "const"):
+        if operation.op_type in (*_LAYERS, "const") and not _is_outer(operation):
             return False
         given = [value for values in operation.inputs.values() for value in _flat(values)]
         given = [value for value in given if value.op is None or value.op.op_type != "const"]
         driven = bool(given) and all(
-            value.name == _CLOCK if value.op is None else value.op.name in self._driven or self.drives(value.op)
+            value.name in self._inputs if value.op is None else value.op.name in self._driven or self.drives(value.op)
             for value in given
         )
         if driven:
             self._driven.add(operation.name)
         return driven
+
+
+def _is_outer(operation: Any) -> bool:
+    """Tell whether it multiplies every place with every frequency, which is no layer."""
+    return operation.op_type == "matmul" and not operation.transpose_x.val and operation.x.shape[-1] == 1
 
 
 def _flat(values: Any) -> list[Any]:

@@ -228,7 +228,8 @@ def test_a_mac_needs_no_torch_to_open_run_and_explain_packages(half, root, tmp_p
         sys.modules["torch"] = None
         import numpy as np
         from types import SimpleNamespace
-        from targets import coreml, coreml_device
+        from targets import coreml
+        from targets.coreml import device as coreml_device
         class Model:
             def __init__(self, path, compute_units):
                 pass
