@@ -40,6 +40,10 @@ def moved(made: Shape = GOOD, kind: str = "relu", takes: Shape = GOOD, **more: A
     return package(operation(kind, made, x=("given",), **more), takes=takes)
 
 
+def convolved(weight: Constant) -> Package:
+    return package(operation("conv", GOOD, x=("given",), weight=weight), weight=weight)
+
+
 def behind(kind: str, after: str) -> Package:
     first = operation(after, GOOD, x=("given",))
     return package(first, operation(kind, GOOD, x=(f"{after}_out",)))
@@ -60,8 +64,8 @@ CASES: dict[str, tuple[Package, Package]] = {
     "embedding lookup": (moved(kind="gather"), moved(kind="slice_by_index")),
     "an axis too long": (moved((1, 1, 1, 16385)), moved((1, 65536, 1, 64))),
     "kernel wider than 13": (
-        moved(kind="conv", weight=constant((64, 64, 1, 15))),
-        moved(kind="conv", weight=constant((64, 64, 13, 13))),
+        convolved(constant((64, 64, 1, 15))),
+        convolved(constant((64, 64, 13, 13))),
     ),
     "dilated convolution": (moved(kind="conv", dilations=numbers(1, 2)), moved(kind="conv", dilations=numbers(1, 1))),
     "arg-max over more than 2,048": (
@@ -93,7 +97,7 @@ def test_unofficial_rules_do_not_count(name: str) -> None:
     found = lint([CASES[name][0]], {})
     others = {finding.rule for finding in found.findings if finding.strength in COUNTED}
     assert (rule.strength == "unofficial") == (name not in others)
-    assert found.risky == (1 if others else 0)
+    assert bool(found.risky) == bool(others)
     if name in ("an axis too long", "kernel wider than 13", "an operation it lacks", "an operand above 2 MB"):
         assert found.risky == 0, "an unofficial rule alone"
 
@@ -108,6 +112,7 @@ def test_operations_are_told_once_with_their_modules_and_unpacking_of_weights_is
     assert {"not four axes", "short last axis"} <= rules.keys()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_stock_u_net_has_far_more_at_risk_than_its_form_for_the_neural_engine(tmp_path: Path) -> None:
     pytest.importorskip("coremltools", reason="coremltools is not installed: pip install 'diffusion-exporter[coreml]'")
     import torch
@@ -139,10 +144,9 @@ def test_a_stock_u_net_has_far_more_at_risk_than_its_form_for_the_neural_engine(
         session = CoreMl().open(tmp_path / name, CoreMlOptions())
         found[name] = session.evidence().placement
     stock, form = found["stock"], found["form"]
-    print("RISK", stock.risky, stock.operations, form.risky, form.operations)
     assert stock is not None
     assert form is not None
-    assert form.risky / form.operations < stock.risky / stock.operations / 1.5
+    assert form.risky < stock.risky / 3  # 76 of 339 operations instead of 336 of 403
     counts = [{finding.rule: finding.count for finding in item.findings} for item in (stock, form)]
     for rule in ("linear or matmul", "reshape or transpose", "not four axes"):
         assert counts[1].get(rule, 0) < counts[0][rule] / 2
