@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from exporter import __version__
+from exporter.cli_looking import JsonOption, looking, show
 from exporter.errors import ExporterError, Interrupted
 
 app = typer.Typer(
@@ -33,7 +33,6 @@ SetOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: runs/NAME.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 
@@ -100,7 +99,7 @@ def run(  # noqa: PLR0913 - a command line's flags
     only, measured = _names(targets), _names(states)
     if dry_run:
         plan = check_recipe(parsed, folder, until=until, targets=only, states=measured, ignore_memory=ignore_memory)
-        _show(plan.to_json(), plan.text(), as_json)
+        show(plan.to_json(), plan.text(), as_json)
         plan.raise_problems()
         return
     from exporter.run import run_recipe
@@ -129,7 +128,7 @@ def check(
     from exporter.recipe import recipe_path
 
     plan = check_file(recipe_path(recipe), settings or (), out)
-    _show(plan.to_json(), plan.text(), as_json)
+    show(plan.to_json(), plan.text(), as_json)
     plan.raise_problems()
 
 
@@ -148,7 +147,7 @@ def init(
     from exporter.drafting import summary, write_draft
 
     plan = write_draft(source, device, out, config=config, variant=variant)
-    _show(summary(plan, out), f"{plan.text()}\n{out}: written and checked. Next: exporter run {out}", as_json)
+    show(summary(plan, out), f"{plan.text()}\n{out}: written and checked. Next: exporter run {out}", as_json)
 
 
 @app.command()
@@ -160,7 +159,7 @@ def inspect(
     from exporter.inspection import inspect_folder
 
     found = inspect_folder(folder)
-    _show(found.data, found.text, as_json)
+    show(found.data, found.text, as_json)
 
 
 @app.command()
@@ -185,7 +184,7 @@ def compare(
     from exporter.report.writing import read_record, strict
 
     found = compare_records(read_record(a), read_record(b))
-    _show(strict(found.to_json()), render_comparison(found, (str(a), str(b))), as_json)
+    show(strict(found.to_json()), render_comparison(found, (str(a), str(b))), as_json)
 
 
 @app.command()
@@ -267,60 +266,7 @@ def merge(
     raise typer.Exit(record.exit_code)
 
 
-@app.command()
-def sparsity(
-    graph: Annotated[Path, typer.Argument(help="ONNX file, or a folder that holds model.onnx.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Tell what of a graph sparse kernels could take, weight by weight, with the reasons."""
-    from dataclasses import asdict
-
-    from exporter.lowering.sparsity_report import product_share, report_text, sparse_weights
-
-    found = sparse_weights(graph / "model.onnx" if graph.is_dir() else graph)
-    data = {"weights": [asdict(item) for item in found], "product_share": product_share(found)}
-    _show(data, report_text(found), as_json)
-
-
-@app.command(name="targets")
-def list_targets(as_json: JsonOption = False) -> None:
-    """List target types and what this machine offers for each."""
-    from exporter.inspection import target_rows
-
-    rows = target_rows()
-    lines = [f"{row['type']:<14}{row['state']:<14}{row['detail']}" for row in rows]
-    _show(rows, "\n".join(lines), as_json)
-
-
-@app.command(name="pruners")
-def list_pruners(
-    method: Annotated[str | None, typer.Argument(help="What each option of this one means.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List pruning and tuning methods with their options, and which method prunes which family."""
-    from exporter.inspection import method_options, method_rows, method_text
-    from exporter.pruners.matrix import matrix, matrix_text
-
-    if method is not None:
-        found = method_options(method)
-        _show(found, method_text(found), as_json)
-        return
-    rows = method_rows()
-    lines = []
-    for row, following in zip(rows, [*rows[1:], {}], strict=True):
-        lines.append(f"{row['stage']:<9}{row['method']:<21}{row['summary']}")
-        if row["options"] != following.get("options"):  # schemes share theirs
-            lines.append(f"{'':<30}{row['options']}")
-    data = {"methods": rows, "families": matrix()}
-    _show(data, "\n".join([*lines, "", matrix_text()]), as_json)
-
-
-@app.command()
-def schema(kind: Annotated[str, typer.Argument(help="recipe or report")] = "recipe") -> None:
-    """Print the JSON Schema of recipes or of report.json."""
-    from exporter.inspection import schema_of
-
-    typer.echo(json.dumps(schema_of(kind), indent=2))
+app.add_typer(looking)  # their commands stand beside the others
 
 
 @app.command(name="random")
@@ -363,7 +309,7 @@ def gc(
     verb = "Would free" if dry_run else "Freed"
     lines = [*(f"{item['path']}  {item['bytes'] / 1e6:.1f} MB" for item in removed)]
     lines.append(f"{verb} {sum(item['bytes'] for item in removed) / 1e6:.1f} MB in {len(removed)} folders.")
-    _show(removed, "\n".join(lines), as_json)
+    show(removed, "\n".join(lines), as_json)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -374,10 +320,6 @@ def _progress(quiet: bool) -> Any:
     from exporter.progress import Lines, Silent
 
     return Silent() if quiet else Lines()
-
-
-def _show(data: object, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(data, indent=2) if as_json else text)
 
 
 def _tell(record: Any, folder: Path, as_json: bool) -> None:

@@ -39,7 +39,7 @@ WITHOUT_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 def sdxl_unet() -> Any:
     told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
-    return unet_of(**ONE_LEVEL, **told, projection_class_embeddings_input_dim=6 * 8 + 20)
+    return unet_of(**ONE_LEVEL, **told, mid_block_type=None, projection_class_embeddings_input_dim=6 * 8 + 20)
 
 
 def pixel_unet() -> Any:
@@ -98,7 +98,7 @@ def part(family: str, name: str) -> Callable[[Path], Any]:
 NETWORKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "sd-unet": ("iOS18", lambda _: unet_of(**ONE_LEVEL)),
     "sdxl-unet": ("iOS17", lambda _: sdxl_unet()),
-    "lcm-unet": ("iOS16", lambda _: unet_of(**ONE_LEVEL, time_cond_proj_dim=32)),
+    "lcm-unet": ("iOS16", lambda _: unet_of(**ONE_LEVEL, mid_block_type=None, time_cond_proj_dim=32)),
     "pixels-unet": ("iOS17", lambda _: pixel_unet()),
     "pixart": ("iOS16", part("PixArtAlphaPipeline", "transformer")),
     "pixart-1024": ("iOS18", lambda _: pixart()),

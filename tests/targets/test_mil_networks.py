@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mil_damage import Damage
 from mil_programs import Array, library, quiet, save_program, save_torch
 
 SINGLE, HALF = 1e-5, 5e-3
@@ -204,37 +205,6 @@ def test_one_of_several_functions_is_evaluated(tmp_path: Path) -> None:
     np.testing.assert_array_equal(squares({"x": x})["y"], [[2.25, 4]])
     with pytest.raises(TargetError, match="got 'cubes', expected one of main, squares"):
         Evaluator(both, function="cubes")
-
-
-class Damage:
-    """Copies of a package with one thing changed in its program."""
-
-    def __init__(self, package: Path, folder: Path) -> None:
-        from targets.mil.package import model_file
-        from targets.mil.proto import messages
-
-        self.package, self.folder = package, folder
-        self.model = messages()[0].Model()
-        self.model.ParseFromString(model_file(package).read_bytes())
-        (function,) = self.model.mlProgram.functions.values()
-        self.operations = function.block_specializations[function.opset].operations
-
-    def find(self, kind: str, place: int = 0) -> Any:
-        return [item for item in self.operations if item.type == kind][place]
-
-    def constant(self, operation: Any, parameter: str) -> Any:
-        name = operation.inputs[parameter].arguments[0].name
-        return next(item for item in self.operations if item.outputs[0].name == name).attributes["val"]
-
-    def save(self) -> Path:
-        import shutil
-
-        from targets.mil.package import model_file
-
-        path = self.folder / "damaged.mlpackage"
-        shutil.copytree(self.package, path)
-        model_file(path).write_bytes(self.model.SerializeToString())
-        return path
 
 
 @pytest.fixture
