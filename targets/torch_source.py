@@ -27,6 +27,7 @@ class TorchProgram:
             a loader of its own expects that; `inputs` and `calls` are as callers give them all the same.
         stored: path of a module -> how its weight is stored, where its state says so; others as the options say.
         facts: strings that go into the engine's metadata, ``weights_sha256`` among them.
+        prefix: of the paths of modules in `module`, which nobody outside knows.
         is_denoiser: whether it is the network that the others are small beside.
     """
 
@@ -40,6 +41,7 @@ class TorchProgram:
     ports: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
     is_denoiser: bool = False
 
 

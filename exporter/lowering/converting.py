@@ -166,9 +166,10 @@ def program_of(state: Path, component: Component, order: Order) -> TorchProgram:
         shapes=_shapes(component.name, network, rows, export),
         calls=tuple(fed),
         about=about,
-        stored={} if told is None else {f"net.{path}": _stored(scheme_of(path, told)) for path in layers},
+        stored={} if told is None else {path: _stored(scheme_of(path, told)) for path in layers},
         ports=SWIFT_PORTS[component.role] if swift else {},
         facts=facts,
+        prefix="net.",
         is_denoiser=component.role == "denoiser",
     )
 

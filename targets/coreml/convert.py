@@ -96,7 +96,7 @@ def _of_floats(program: TorchProgram) -> TorchProgram:
             given = zip(inputs, forms, strict=True)
             return self.net(*(value.int() if form == "as floats" else value for value, form in given))
 
-    return replace(program, module=OfFloats())
+    return replace(program, module=OfFloats(), prefix=f"net.{program.prefix}")
 
 
 def _traced(program: TorchProgram) -> Any:
@@ -210,7 +210,8 @@ def _packed(
     operations = [operation for operation in function.operations if operation.op_type != "const"]
     shapes = [tuple(_length(axis) for axis in output.shape) for output in function.outputs]
     describe(model, program, options)
-    modules = {inside(name): module for name, module in module_paths(operations, program.module).items()}
+    paths = module_paths(operations, program.module)
+    modules = {inside(name): path.removeprefix(program.prefix) for name, path in paths.items()}
     return model, modules, dict(zip(program.outputs, shapes, strict=True))
 
 
