@@ -25,6 +25,7 @@ from exporter.metrics.images import SSIM_BYTES, at_once
 from exporter.networks.source import SourceFacts
 from exporter.recipe import Recipe, StageSpec
 from exporter.states import components_of, is_guided_by_rows, scheduler_of, vae_scale
+from targets.torch_source import FromTorch
 
 _DENOISER = "denoiser"
 _INLINE_MIB = ExportOptions().external_bytes / MIB  # up to here a graph holds its weights itself
@@ -41,12 +42,19 @@ _LEFT_MIB, _LEFT_COPIES, _LEFT_MOST_MIB = 40.0, 2.5, 120.0  # what a state leave
 _RECORDED = 4  # tensors of a recorded call that are as large as its sample, where there is guidance
 
 # Seconds of one core, on a machine to itself.
-_REACHED = {"torch": 0.55, "openvino": 0.65, "onnxruntime": 0.42}  # of the test's speed, by whole networks
+_REACHED = {
+    "torch": 0.55,
+    "openvino": 0.65,
+    "onnxruntime": 0.42,
+    "coreml": 0.3,
+}  # of the test's speed, by whole networks
 _REACHED_OTHERS = 0.5
 _PIXEL_S = 1e-5  # of comparing two images, SSIM above all
 _TORCH_S, _CALL_S, _CALL_WEIGHT_S = 3e-5, 3e-3, 1e-5  # beside the operations: per weight in torch; of an engine's call
 _TRACE_S, _EXPORT_S = 0.02, 0.7  # of tracing and tidying: per weight of a network, and for each
 _COMPILE_S = 0.3  # of starting a process and its runtime
+_CONVERT_S, _CONVERTER_S = 0.019, 3.0  # of converting a network to Core ML: per weight, and of the libraries' import
+_CONVERTER_MIB, _CONVERTED_COPIES = 480.0, 2.6  # of the process that does it: libraries, and weights in f32
 _OPEN_S = {"openvino": 1.8e-3}  # of opening an engine, per weight; as long again to compile it
 _OPEN_OTHERS_S = 8e-4
 _START_S, _STATE_S, _CELL_S = 2.0, 0.6, 0.7
@@ -207,6 +215,8 @@ def _memory(job: _Job) -> dict[str, float]:
     # Two sets of images in bytes, twice each while they are joined and compared.
     judging = (SSIM_BYTES * at_once(images, pixels) + 2 * 2 * 3 * images) * pixels / MIB
     for column in job.columns:
+        if isinstance(column.target, FromTorch):  # a process beside ours
+            phases[f"converting for {column.name}"] = _CONVERTER_MIB + _CONVERTED_COPIES * denoiser.mib
         for index, (state, kept) in enumerate(job.kept.items()):
             place = f"measuring {state} on {column.name}"
             open_ones = [
@@ -334,7 +344,8 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     """Return the seconds of one cell: compile, open, answer, draw, time, and open again in a process of its own."""
     recipe, networks = job.recipe, job.networks
     threads = min(asdict(column.options).get("threads") or here.cores, here.cores)
-    narrow = _BF16 if _is_narrow(column) else 1.0
+    converted = isinstance(column.target, FromTorch)
+    narrow = _BF16 if _is_narrow(column) and not converted else 1.0  # what is evaluated is widened
     reached = _REACHED.get(column.target.type, _REACHED_OTHERS)
     share = {name: kept if name == _DENOISER else 1.0 for name in networks}
     call = {
@@ -349,6 +360,8 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     }
     made = networks if first else (_DENOISER,)
     compiling = sum(_COMPILE_S * here.pace + opened[name] for name in made)
+    if converted:
+        compiling += sum((_CONVERTER_S + _CONVERT_S * networks[name].weights) * here.pace for name in made)
     # Here and in the process that is weighed; dense beside it; for ONNX Runtime's profiler.
     opening = sum(opened.values()) * (2 + (not first) + (column.target.type == "onnxruntime"))
     batches = ceil(recipe.measure.images / recipe.sampling.batch)
@@ -356,7 +369,8 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     # The others are asked for the compared images, for all images, and in the process that is weighed.
     once = (sum(call.values()) - call[_DENOISER]) * (compared / job.calls + batches + 1)
     calls = (compared + batches * job.calls + 1) * call[_DENOISER] + once
-    timing = sum(_timing(each * (1 if first else 2), recipe.measure.latency_seconds) for each in call.values())
+    timed = not column.target.capabilities().untimed
+    timing = timed * sum(_timing(each * (1 if first else 2), recipe.measure.latency_seconds) for each in call.values())
     judging = _PIXEL_S * job.pixels * recipe.measure.images
     return _CELL_S * here.pace + judging + compiling + opening + calls + timing
 
