@@ -48,6 +48,14 @@ def convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
         TargetMissing: coremltools is not installed.
         TargetError: the network does not convert, or what came of it breaks one of Core ML's limits.
     """
+    with warnings.catch_warnings():
+        # A model's own folder goes with it, which it remarks on.
+        warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+        _convert(program, out, options)
+        gc.collect()
+
+
+def _convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
     library: Any = coremltools()
     program = _of_floats(program)
     traced = _traced(program)

@@ -104,7 +104,7 @@ class Manifest:
             sound = known == _FORMAT and all(Path(name).name == name for name in found.packages) and found.packages
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TargetError(
-                f"target coreml: {path}: not a list of packages; got: {error}. Compile it again."
+                f"target coreml: {path}: not the list of a model's packages; got: {error}. Compile it again."
             ) from error
         if not sound:
             raise TargetError(

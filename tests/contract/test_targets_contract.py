@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from targets import TARGETS, target
 from targets.base import Evidence, Session, Target, TargetError
+from targets.torch_source import FromTorch, TorchProgram
 
 pytestmark = pytest.mark.parametrize("name", sorted(TARGETS))
 
@@ -67,18 +69,49 @@ def runtime(name: str) -> Target:
     return made
 
 
+class Twin(torch.nn.Module):
+    """The small model as a torch network, for targets that are not compiled from ONNX."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        held = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in model.graph.initializer}
+        self.kernel, self.matrix = held["kernel"], held["matrix"]
+
+    def forward(self, image: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        seen = torch.relu(torch.nn.functional.conv2d(image, self.kernel, padding=1))
+        return seen.mean(dim=(2, 3)) @ self.matrix + shift
+
+
+def options_of(runtime: Target) -> Any:
+    """Options under which an engine computes in 32 bits."""
+    options = runtime.options()
+    return dataclasses.replace(options, precision="f32") if isinstance(runtime, FromTorch) else options
+
+
+def graphs_only(runtime: Target) -> None:
+    if isinstance(runtime, FromTorch):
+        pytest.skip(f"{runtime.type}: takes torch networks, no ONNX files")
+
+
 def engine_of(runtime: Target, folder: Path, model: onnx.ModelProto) -> Path:
     source, out = folder / "source", folder / "engine"
     source.mkdir()
     out.mkdir()
     onnx.save(model, source / "model.onnx")
-    runtime.compile(source / "model.onnx", out, runtime.options())
+    if isinstance(runtime, FromTorch):
+        is_open = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param != ""
+        shapes = tuple(((rows, 3, 8, 8), ()) for rows in (2, 1, 3)) if is_open else ()
+        runtime.convert(
+            TorchProgram("small", Twin(model), feeds(), ("answer",), shapes=shapes), out, options_of(runtime)
+        )
+    else:
+        runtime.compile(source / "model.onnx", out, options_of(runtime))
     return out
 
 
 @pytest.fixture
 def session(runtime: Target, tmp_path: Path) -> typing.Iterator[Session]:
-    made = runtime.open(engine_of(runtime, tmp_path, small_model()), runtime.options())
+    made = runtime.open(engine_of(runtime, tmp_path, small_model()), options_of(runtime))
     yield made
     made.close()
 
@@ -112,7 +145,7 @@ def test_the_source_is_not_needed_afterwards(runtime: Target, tmp_path: Path) ->
     engine = engine_of(runtime, tmp_path, model)
     (tmp_path / "source/model.onnx").unlink()
     moved = engine.rename(tmp_path / "elsewhere")
-    made = runtime.open(moved, runtime.options())
+    made = runtime.open(moved, options_of(runtime))
     np.testing.assert_allclose(made(given)["answer"], expected(model, given), rtol=1e-4, atol=1e-5)
     made.close()
 
@@ -153,7 +186,7 @@ def test_it_does_not_change_its_feeds_and_takes_read_only_ones(session: Session)
 
 def test_dynamic_axes_take_any_size(runtime: Target, tmp_path: Path) -> None:
     model = small_model("rows")
-    made = runtime.open(engine_of(runtime, tmp_path, model), runtime.options())
+    made = runtime.open(engine_of(runtime, tmp_path, model), options_of(runtime))
     assert made.inputs[0].shape == (-1, 3, 8, 8)
     assert made.evidence().layers
     for rows in (1, 3):
@@ -244,6 +277,7 @@ def test_a_missing_file_is_refused(runtime: Target, tmp_path: Path) -> None:
 
 
 def test_an_unknown_operator_is_refused(runtime: Target, tmp_path: Path) -> None:
+    graphs_only(runtime)
     model = small_model()
     model.graph.node[1].op_type = "Unheard"
     with pytest.raises(TargetError, match="Unheard"):
@@ -251,6 +285,7 @@ def test_an_unknown_operator_is_refused(runtime: Target, tmp_path: Path) -> None
 
 
 def test_external_data_is_found(runtime: Target, tmp_path: Path) -> None:
+    graphs_only(runtime)
     model, given = small_model(), feeds()
     want = expected(model, given)
     out = tmp_path / "out"
@@ -315,6 +350,7 @@ def test_a_missing_library_names_the_command(runtime: Target, monkeypatch: pytes
 
 def test_graphs_of_one_network_are_joined_with_their_weights_stored_once(runtime, name, tmp_path):
     """Two graphs that share a large matrix: side by side in one folder, answering as before."""
+    graphs_only(runtime)
     matrix = np.random.default_rng(2).standard_normal((64, 256), dtype=np.float32)
     stored = tmp_path / "weights.bin"
     stored.write_bytes(matrix.tobytes())

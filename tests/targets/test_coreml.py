@@ -195,8 +195,8 @@ def test_a_package_of_another_state_is_refused(tmp_path, engine):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "not a list of packages"),
-        ("{}", "not a list of packages"),
+        ("{", "not the list of a model's packages"),
+        ("{}", "not the list of a model's packages"),
         ('{"packages": ["../elsewhere"]}', "packages elsewhere"),
         ('{"format": 99}', "of another version"),
     ],
