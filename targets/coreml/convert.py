@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from targets.coreml.names import module_paths
 from targets.coreml.operators import TrueQuotients, register_operators
 from targets.coreml.package import DIGEST, FORMS, PACKAGE, Manifest, Port
 from targets.coreml.passes import pipeline
-from targets.coreml.weights import compress
+from targets.coreml.weights import Built, compress
 from targets.torch_source import TorchProgram
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ def _convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
         built = _converted(library, traced, program, options, kept)
         _check_ranks(built, program)
         model, modules, answers = _packed(library, built, program, options)
-        del built
         model.save(str(path))
         found = _overflowing(path, program) if options.precision == "f16" and program.calls else {}
         if not found.keys() - kept.keys():
@@ -73,8 +73,12 @@ def _convert(program: TorchProgram, out: Path, options: CoreMlOptions) -> None:
         kept |= found
         shutil.rmtree(path)
     del traced
-    weights = _compressed(model, path, options, _stored(path, modules, program)) if _shrinks(options, program) else {}
-    del model
+    weights: dict[str, Any] = {}
+    if _shrinks(options, program):
+        whole = Built(model, partial(_model, library, built, program, options))
+        weights = _compressed(whole, path, options, _stored(path, modules, program))
+        del whole
+    del built, model
     gc.collect()
     packages = chunked(path, options.chunks) if options.chunks > 1 and program.is_denoiser else [path]
     names = tuple(package.name for package in packages)
@@ -144,7 +148,7 @@ def _converted(
                 convert_to="milinternal",
                 minimum_deployment_target=_system(library, options),
                 compute_precision=precision,
-                pass_pipeline=pipeline(),
+                pass_pipeline=pipeline(rounds=options.precision == "f16"),
             )
     except Exception as error:  # its converter raises whatever its parts raise
         raise TargetError(
@@ -206,21 +210,27 @@ def _packed(
     library: Any, built: Any, program: TorchProgram, options: CoreMlOptions
 ) -> tuple[Any, dict[str, str], dict[str, tuple[int, ...]]]:
     """Return the program as a model, the module of every operation, and the shape of every output."""
+    model = _model(library, built, program, options, library.PassPipeline.EMPTY)
+    function = built.functions["main"]
+    operations = [operation for operation in function.operations if operation.op_type != "const"]
+    shapes = [tuple(_length(axis) for axis in output.shape) for output in function.outputs]
+    paths = module_paths(operations, program.module)
+    modules = {inside(name): path.removeprefix(program.prefix) for name, path in paths.items()}
+    return model, modules, dict(zip(program.outputs, shapes, strict=True))
+
+
+def _model(library: Any, built: Any, program: TorchProgram, options: CoreMlOptions, passes: Any) -> Any:
+    """Return the program as a model that says what it is, some passes run first."""
     model = library.convert(
         built,
         convert_to="mlprogram",
         minimum_deployment_target=_system(library, options),
         compute_precision=library.precision.FLOAT32,  # as the program is: what is in 16 bits is so already
-        pass_pipeline=library.PassPipeline.EMPTY,
+        pass_pipeline=passes,
         skip_model_load=True,
     )
-    function = built.functions["main"]
-    operations = [operation for operation in function.operations if operation.op_type != "const"]
-    shapes = [tuple(_length(axis) for axis in output.shape) for output in function.outputs]
     describe(model, program, options)
-    paths = module_paths(operations, program.module)
-    modules = {inside(name): path.removeprefix(program.prefix) for name, path in paths.items()}
-    return model, modules, dict(zip(program.outputs, shapes, strict=True))
+    return model
 
 
 def _shrinks(options: CoreMlOptions, program: TorchProgram) -> bool:
@@ -246,18 +256,19 @@ def _stored(path: Path, modules: Mapping[str, str], program: TorchProgram) -> di
     return found
 
 
-def _compressed(model: Any, path: Path, options: CoreMlOptions, plan: Mapping[str, str]) -> dict[str, Any]:
-    """Save the model with smaller weights in its package's place; return what became of them, to be told.
+def _compressed(whole: Built, path: Path, options: CoreMlOptions, plan: Mapping[str, str]) -> dict[str, Any]:
+    """Save a model with smaller weights in its package's place; return what became of them, to be told.
 
     Weights that their state has rounded hold few values, which are stored as they are.
     """
     shrinks = options.weights != "float"
     if plan:
-        found = compress(model, "float", options.deployment, plan=plan, exact=True)
+        found = compress(whole, "float", options.deployment, plan=plan, exact=True)
         if shrinks:  # what the state leaves alone
-            found = compress(found.model, options.weights, options.deployment, group=options.group)
+            whole = replace(whole, model=found.model)
+            found = compress(whole, options.weights, options.deployment, group=options.group)
     else:
-        found = compress(model, options.weights, options.deployment, group=options.group)
+        found = compress(whole, options.weights, options.deployment, group=options.group)
     shutil.rmtree(path)
     found.model.save(str(path))
     became: dict[str, int] = {}

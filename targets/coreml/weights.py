@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -80,11 +80,25 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Built:
+    """A model, and the way to make it anew.
+
+    Attributes:
+        model: as coremltools has it.
+        pack: takes passes, runs them over the program that the model was made of, which they change, and returns the
+            model of that.
+    """
+
+    model: MlModel
+    pack: Callable[[Any], MlModel]
+
+
+@dataclass(frozen=True)
 class Compressed:
     """A model with smaller weights.
 
     Attributes:
-        model: as coremltools has it.
+        model: with smaller weights.
         weights: what became of each weight of a convolution, linear layer or embedding, in the order of execution.
     """
 
@@ -120,7 +134,7 @@ def check_weights(weights: str, deployment: str, group: int = 0) -> None:
 
 
 def compress(
-    model: MlModel,
+    built: Built,
     weights: str,
     deployment: str,
     *,
@@ -135,7 +149,7 @@ def compress(
     without it.
 
     Args:
-        model: an ML Program, converted for `deployment`; stays as it is.
+        built: an ML Program for `deployment`; its weights become what is asked.
         weights: what every weight of more than `LEAST` elements becomes, one of `WORDS`.
         deployment: the oldest system that runs it.
         plan: operation -> word for its weight, before `weights`.
@@ -149,12 +163,12 @@ def compress(
     """
     for word in {weights, *plan.values()}:
         check_weights(word, deployment, group if _PALETTE in word else 0)
-    library: Any = require("coremltools.optimize.coreml", PLACE, INSTALL)
-    _check_version(model, deployment)
-    before = stored_weights(model)
+    library: Any = require("coremltools", PLACE, INSTALL)
+    _check_version(built.model, deployment)
+    before = stored_weights(built.model)
     asked = _asked(before, weights, plan)
     chosen = {item: word for item, word in asked.items() if word != "float" and not _unfit(item, word, group)}
-    after = _Work(library, group, exact).done(model, chosen)
+    after = _Work(library, built, group, exact).done(chosen)
     found = {item.op: item for item in stored_weights(after)}
     lost = [item.op for item in asked if item.op not in found]
     if lost:
@@ -232,21 +246,28 @@ class _Work:
     """Puts weights of a model into other forms, one kind after the other.
 
     Attributes:
-        library: ``coremltools.optimize.coreml``.
+        library: ``coremltools``.
+        built: the model.
         group: channels that share a palette.
         exact: palettes hold what is there.
     """
 
     library: Any
+    built: Built
     group: int
     exact: bool
 
-    def done(self, model: MlModel, chosen: Mapping[Stored, str]) -> MlModel:
+    @property
+    def _kinds(self) -> Any:
+        return self.library.optimize.coreml
+
+    def done(self, chosen: Mapping[Stored, str]) -> MlModel:
         """Return a model whose weights have become what was chosen; sparse first, since the rest is of what is left."""
+        model = self.built.model
         sparse = {item: word for item, word in chosen.items() if word.startswith(_SPARSE)}
         for share in sorted({_worth(item, word) for item, word in sparse.items()}):
             named = [item for item, word in sparse.items() if _worth(item, word) == share]
-            form = self.library.OpThresholdPrunerConfig(
+            form = self._kinds.OpThresholdPrunerConfig(
                 threshold=0.0, minimum_sparsity_percentile=share, weight_threshold=LEAST
             )
             model = self._pass("prune_weights", model, dict.fromkeys(named, form), joint=False)
@@ -270,14 +291,19 @@ class _Work:
         if not forms:
             return model
         # By the name of the weight, not of the operation: its bias may be another's too, which may become another form.
-        config = self.library.OptimizationConfig(op_name_configs={item.value: form for item, form in forms.items()})
+        named = {item.value: form for item, form in forms.items()}
+        config = self._kinds.OptimizationConfig(op_name_configs=named)
+        # Not by the library's function of that name, which runs the hundred passes of a conversion once more.
+        passes = self.library.PassPipeline.EMPTY
+        passes.passes = [f"compression::{name}", "common::const_deduplication", "common::dead_code_elimination"]
+        passes.set_options(passes.passes[0], {"config": config, "joint_compression": joint})
         logger = logging.getLogger("coremltools")
         level = logger.level
         logger.setLevel(logging.ERROR)  # what it leaves out is read back from the program, and told
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)  # its folder's own matter
-                found = getattr(self.library, name)(model, config, joint_compression=joint)
+                found = self.built.pack(passes)
                 gc.collect()  # the program that it worked on holds itself, with all weights
                 return found
         except ValueError as error:
@@ -288,7 +314,7 @@ class _Work:
     def _palette(self, item: Stored, bits: int, thinned: bool) -> Any:
         channels = item.shape[_CHANNELS.get(item.kind, (0, 1))[0]]
         grouped = 0 < self.group < channels
-        return self.library.OpPalettizerConfig(
+        return self._kinds.OpPalettizerConfig(
             mode="custom",
             lut_function=partial(_table, bits=bits, nonzero=thinned, exact=item.op if self.exact else ""),
             granularity="per_grouped_channel" if grouped else "per_tensor",
@@ -298,7 +324,7 @@ class _Work:
 
     def _integers(self, word: str) -> Any:
         blocks = {"granularity": "per_block", "block_size": BLOCK}
-        return self.library.OpLinearQuantizerConfig(
+        return self._kinds.OpLinearQuantizerConfig(
             mode="linear_symmetric",
             dtype=word.rpartition("-")[2],
             weight_threshold=LEAST,
