@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from exporter.collection import remember_used
 from exporter.elsewhere.merged import with_merged
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
+from exporter.lowering.converter import Converter
 from exporter.lowering.engine import compile_fixed, compile_state, export_float, export_state, tokens_of
 from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.lowering.workshop import Column, Workshop
@@ -57,6 +59,7 @@ class _Run:
     progress: Progress
     memo: FileMemo
     measure_again: bool
+    converter: Converter
     started: str = field(default_factory=_now)
     meter: Meter = field(default_factory=Meter)
     shared: str = ""
@@ -116,8 +119,8 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
         resume=not measure_again,
         ignore_memory=ignore_memory,
     )
-    with locked(out):
-        run = _Run(recipe, plan, out, progress, memo, measure_again)
+    with locked(out), closing(Converter()) as converter:
+        run = _Run(recipe, plan, out, progress, memo, measure_again, converter)
         run.found = (out / "states").is_dir()
         run.codes += [error.exit_code for error in plan.problems.values()]
         try:
@@ -142,7 +145,8 @@ def _carry_out(run: _Run) -> None:
     run.shared = shared_key(run.recipe, dense, recording, environment(), run.memo)
     sampling = resolved_sampling(run.recipe, dense.path)
     export = export_options(run.recipe, dense.path)
-    shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, run.recipe.export.requested, run.used)
+    requested = run.recipe.export.requested
+    shop = Workshop(run.out, export, recording, sampling, run.progress, run.memo, requested, run.used, run.converter)
     column = next((column for column in run.plan.columns if _is_timed(column)), None)
     stopwatch = _stopwatch(run, column, dense, shop)
     lab = Lab(run.recipe, run.out, run.progress, run.memo, stopwatch, column, partial(_float_graph, shop))

@@ -1,15 +1,16 @@
-"""Converts one component of a state for a target that takes torch networks, in a process of its own.
+"""Converts components of states for targets that take torch networks, in a process of its own.
 
-``python -m exporter.lowering.converting JSON`` prints one JSON line: ``{}``, or what went wrong, as `targets.build`
-does. Converting holds several copies of the weights and may crash; the process takes them along when it ends.
+``python -m exporter.lowering.converting`` reads orders (`exporter.lowering.converter`), one JSON line each, and answers
+each with one: what went wrong, as `targets.build` does, and the most memory that the process had so far.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from calibration.recording import Recording
 from calibration.schemes import INT8, INT8_WEIGHTS
 from exporter import __version__
 from exporter.errors import ComponentFailed, ExporterError
+from exporter.lowering.converter import Order
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.neural_engine import NETWORKS, neural_engine_form
 from exporter.lowering.options import ExportOptions
@@ -29,6 +31,7 @@ from exporter.lowering.pinned import pin_timesteps
 from exporter.lowering.rounded_network import round_inputs, scheme_of, take_weights
 from exporter.lowering.swift import SWIFT_PORTS, check_swift
 from exporter.lowering.wrappers import Sizes, example_feeds, part_of, signature, wrap
+from exporter.metrics.size import own_peak_rss_mib
 from exporter.networks.components import Component
 from exporter.networks.quantization import read_quantization
 from exporter.networks.storage import load_network
@@ -67,58 +70,30 @@ _ROLES: Mapping[str, str] = {
 _AUTHOR = f"diffusion-exporter {__version__}"
 
 
-@dataclass(frozen=True)
-class Order:
-    """What is to be converted.
-
-    Attributes:
-        state: folder of the state.
-        component: its name.
-        requested: components on request that the state's list has to know.
-        target: type.
-        options: of the target.
-        export: shapes.
-        recording: folder of the dense pipeline's.
-        rows: of the recording, that the network is called with.
-        calls: recorded calls that the engine is proven with.
-        facts: for the engine's metadata.
-        out: an existing, empty folder.
-        rounded: ONNX file of a quantized component, which says what its weights and ranges are; empty for others.
-    """
-
-    state: str
-    component: str
-    requested: tuple[str, ...]
-    target: str
-    options: Mapping[str, Any]
-    export: Mapping[str, Any]
-    recording: str
-    rows: int
-    calls: int
-    facts: Mapping[str, str]
-    out: str
-    rounded: str = ""
-
-    def command(self) -> list[str]:
-        """Return the command that carries it out."""
-        return [sys.executable, "-m", "exporter.lowering.converting", json.dumps(asdict(self))]
+def main() -> int:
+    """Carry out one order per line of the input until it ends; answer each with a line."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        found = _told(Order.of(line)) | {"peak_mib": own_peak_rss_mib()}
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+    return 0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Convert; return the exit status, which is 0 for every failure that the JSON line tells."""
-    told = json.loads(arguments[0])
-    order = Order(**{**told, "requested": tuple(told["requested"])})
-    found: dict[str, Any] = {}
+def _told(order: Order) -> dict[str, Any]:
+    """Carry an order out; return what went wrong, as `targets.build` tells it."""
     try:
         _carry_out(order)
     except TargetMissing as error:
-        found = {"missing": str(error)}
+        return {"missing": str(error)}
     except (TargetError, ExporterError, CalibrationError) as error:
-        found = {"failed": str(error)}
+        return {"failed": str(error)}
     except OSError as error:
-        found = {"os": [error.errno, error.strerror, str(error.filename or order.out)]}
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
-    return 0
+        return {"os": [error.errno, error.strerror, str(error.filename or order.out)]}
+    finally:
+        gc.collect()  # networks and programs hold themselves
+    return {}
 
 
 def _carry_out(order: Order) -> None:
@@ -206,4 +181,4 @@ def _resized(array: np.ndarray[Any, Any], like: np.ndarray[Any, Any]) -> np.ndar
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from calibration.schemes import FLOAT
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
-from exporter.compiling import compile_graphs, run_telling
+from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed
+from exporter.lowering.converter import Order
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.swift import write_swift
@@ -77,8 +78,7 @@ def compile_state(state: Artifact, exported: Mapping[str, Artifact], column: Col
     """
     here = column.target.capabilities()
     if isinstance(column.target, FromTorch):
-        parts = components_of(state.path, shop.requested)
-        compiled = {part.name: convert_part(state, part, exported.get(part.name), column, shop) for part in parts}
+        compiled = _convert_parts(state, exported, column, shop)
     else:
         compiled = {name: compile_part(onnx, name, column, shop) for name, onnx in exported.items()}
     facts = {
@@ -257,6 +257,21 @@ def compile_part(onnx: Artifact, name: str, column: Column, shop: Workshop) -> A
     return make(shop, folder, build, kind="compiled", key=key, parent=onnx, title=title, bar=bar)
 
 
+def _convert_parts(
+    state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop
+) -> dict[str, Artifact]:
+    """Convert every component; where one fails, the others are there when it is mended."""
+    found, failed = dict[str, Artifact](), list[ComponentFailed]()
+    for part in components_of(state.path, shop.requested):
+        try:
+            found[part.name] = convert_part(state, part, exported.get(part.name), column, shop)
+        except ComponentFailed as error:
+            failed.append(error)
+    if failed:
+        raise failed[0] if len(failed) == 1 else ComponentFailed(" ".join(map(str, failed)))
+    return found
+
+
 def convert_part(
     state: Artifact, component: Component, rounded: Artifact | None, column: Column, shop: Workshop
 ) -> Artifact:
@@ -275,8 +290,6 @@ def convert_part(
         )
 
     def build(out: Path) -> Mapping[str, Any]:
-        from exporter.lowering.converting import Order  # seconds to import
-
         order = Order(
             state=str(state.path),
             component=component.name,
@@ -292,7 +305,7 @@ def convert_part(
             rounded="" if rounded is None else str(rounded.path / "model.onnx"),
         )
         with told(column, component.name):
-            shop.peak_mib = max(shop.peak_mib, run_telling(order.command()))
+            shop.peak_mib = max(shop.peak_mib, shop.converter(order))
         return {"component": component.name, "target": target.type, "options": asdict(column.options)}
 
     title = f"Convert {component.name} for {column.name}"

@@ -12,6 +12,7 @@ from typing import Any
 from calibration.recording import Recording
 from exporter.artifact import Artifact, Kind, reusable, write_artifact
 from exporter.errors import ComponentFailed, ToolMissing
+from exporter.lowering.converter import Converter
 from exporter.lowering.options import ExportOptions
 from exporter.memo import FileMemo
 from exporter.progress import Progress
@@ -50,6 +51,7 @@ class Workshop:
         memo: what is known of files.
         requested: names of the components on request that are exported too.
         used: names of the folders this run needs, for garbage collection.
+        converter: of components for targets that take torch networks; whoever made it closes it.
         made: what was exported, compiled and laid out instead of reused.
         seconds: what each lowering took, by step, since it was last read.
         peak_mib: the most memory that a compiling process had.
@@ -63,6 +65,7 @@ class Workshop:
     memo: FileMemo = field(default_factory=FileMemo)
     requested: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
+    converter: Converter = field(default_factory=Converter)
     made: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mib: float = 0.0

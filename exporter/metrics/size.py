@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -118,11 +118,22 @@ def run_child(
         finally:
             child.kill()
     if child.returncode:
-        tail = errors.strip()[-500:]
-        said = f"It said: {tail}" if tail else "It said nothing."
-        msg = f"{place}: failed; got {_ending(child.returncode)}, expected exit code 0. {said}"
-        raise ComponentFailed(msg)
+        raise failure_of(command, child.returncode, errors)
     return ChildRun(peak, time.monotonic() - start, output)
+
+
+def failure_of(command: Any, code: int, errors: str) -> ComponentFailed:
+    """Return what a program failed with.
+
+    Args:
+        command: program and arguments.
+        code: that it ended with, as `subprocess` has it.
+        errors: what it wrote to stderr, of which the end is told.
+    """
+    tail = errors.strip()[-500:]
+    said = f"It said: {tail}" if tail else "It said nothing."
+    place = f"command {Path(command[0]).name}"
+    return ComponentFailed(f"{place}: failed; got {_ending(code)}, expected exit code 0. {said}")
 
 
 def _ending(code: int) -> str:
