@@ -101,13 +101,64 @@ def quantized(
     told = {name: writer.quantize(name, site, schemes.get(name, FLOAT)) for name, site in sites.items()}
     if INT4_WEIGHTS in told.values() and model.opset_imports.get("", 0) < _INT4_OPSET:
         model.opset_imports[""] = _INT4_OPSET  # the first whose DequantizeLinear knows groups and 4 bits
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
+    _drop_unused(graph)
     graph.sort()
     if manner is not None and manner.type_of is not None:
         narrow(model, manner.type_of)
     return model, told
+
+
+@dataclass(frozen=True)
+class OpenSite:
+    """A site whose weights are an input of the graph.
+
+    Attributes:
+        input: its name.
+        weight: what it was before, an initializer.
+    """
+
+    input: str
+    weight: ir.Value
+
+
+def with_open_weights(source: Path) -> tuple[ir.Model, dict[str, OpenSite]]:
+    """Return a graph that takes the weights of its sites as inputs: opened once, it is asked with many of them.
+
+    Args:
+        source: an ONNX file with folded weights, unchanged.
+    """
+    model = ir.load(source)
+    found: dict[str, OpenSite] = {}
+    for name, site in sites_of(model.graph).items():
+        weight = site.weight
+        if weight is None:
+            continue
+        taken = ir.Value(name=f"weight_{len(found)}", shape=weight.shape, type=weight.type)
+        model.graph.inputs.append(taken)
+        site.node.replace_input_with(1, taken)
+        found[name] = OpenSite(str(taken.name), weight)
+    _drop_unused(model.graph)
+    return model, found
+
+
+def palettized(name: str, weight: ir.Value, scheme: str, manner: Manner) -> Floats:
+    """Return the weights of a site with each replaced by one of a few values.
+
+    Args:
+        name: of the site, for messages.
+        weight: an initializer.
+        scheme: one of `PALETTES`.
+        manner: says how.
+
+    Raises:
+        CalibrationError: nothing makes palettes, or the weights do not fit into 16 bits.
+    """
+    if manner.palettize is None:
+        raise CalibrationError(f"quantize: {name}: got no way to make palettes, expected one. Give it.")
+    try:
+        return manner.palettize(values_of(name, weight), PALETTES[scheme])
+    except ValueError as error:
+        raise CalibrationError(f"quantize: {name}: {error}; expected smaller weights. Choose float.") from error
 
 
 class _Writer:
@@ -128,7 +179,9 @@ class _Writer:
         if scheme == INT4_WEIGHTS and site.kind != "linear":
             scheme = INT8_WEIGHTS
         if scheme in PALETTES:
-            self._palettize(name, site, PALETTES[scheme])
+            assert site.weight is not None
+            held = palettized(name, site.weight, scheme, self._manner)
+            site.node.replace_input_with(1, self._constant(held, f"{site.weight.name}.palette"))
             return scheme
         item, divisor = self._input(site, 0), None
         if scheme in ROUNDING:
@@ -194,23 +247,11 @@ class _Writer:
         self._graph.extend([narrow, wide])
         return wide.outputs[0]
 
-    def _palettize(self, name: str, site: Site, bits: int) -> None:
-        """Let a site read weights of a few different values, in floating point as before."""
-        weight, palettize = site.weight, self._manner.palettize
-        assert weight is not None
-        if palettize is None:
-            raise CalibrationError(f"quantize: {name}: got no way to make palettes, expected one. Give it.")
-        try:
-            held = self._constant(palettize(_values(name, weight), bits), f"{weight.name}.palette")
-        except ValueError as error:
-            raise CalibrationError(f"quantize: {name}: {error}; expected smaller weights. Choose float.") from error
-        site.node.replace_input_with(1, held)
-
     def _round_weight(self, name: str, site: Site, scheme: str, divisor: Floats | None) -> Floats:
         """Store a site's weights as integers; return by how much they are off."""
         weight = site.weight
         assert weight is not None
-        values = _values(name, weight)
+        values = values_of(name, weight)
         if divisor is not None:
             values = values * np.expand_dims(divisor, site.axis)
         grouped = scheme == INT4_WEIGHTS
@@ -254,7 +295,22 @@ class _Writer:
         return value
 
 
-def _values(name: str, weight: ir.Value) -> Floats:
+def _drop_unused(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def values_of(name: str, weight: ir.Value) -> Floats:
+    """Return the numbers of a weight.
+
+    Args:
+        name: of its site, for messages.
+        weight: an initializer.
+
+    Raises:
+        CalibrationError: some are not finite.
+    """
     assert weight.const_value is not None
     values = weight.const_value.numpy().astype(np.float32)
     if not np.isfinite(values).all():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,31 @@ class TestGraph:
             assert values.dtype == np.float32
             assert distinct(values) <= 16
             assert np.array_equal(values, palettize(plain[name].weight.const_value.numpy(), 4))
+
+    def test_errors_of_palettes_are_those_of_the_graph_that_holds_them(self, tiny_graph: Path, tmp_path: Path) -> None:
+        draw = np.random.default_rng(3).standard_normal
+        calls = [
+            {
+                "sample": draw((2, 4, 8, 8)).astype(np.float32),
+                "timestep": np.array(step, np.float32),
+                "encoder_hidden_states": draw((2, 32, 32)).astype(np.float32),
+            }
+            for step in (1.0, 900.0)
+        ]
+        manner = Manner(palettize=palettize)
+        sites = sites_of(ir.load(tiny_graph).graph)
+        schemes = dict(zip((name for name in sites if sites[name].weight is not None), cycle(PALETTES), strict=False))
+        write_quantized(tiny_graph, tmp_path, schemes, None, manner)
+
+        def answers(path: Path) -> list[Any]:
+            session = OnnxRuntime().open(path, OnnxRuntime.options())
+            return [session(feeds)["out_sample"] for feeds in calls]
+
+        wanted, got = answers(tiny_graph), answers(tmp_path / "model.onnx")
+        peak = max(map(np.max, wanted)) - min(map(np.min, wanted))
+        errors = [float(np.mean((a - b) ** 2)) / peak**2 for a, b in zip(got, wanted, strict=True)]
+        assert min(errors) > 1e-6
+        assert Trial(tiny_graph, None, manner, calls, None).errors(schemes) == pytest.approx(errors, rel=1e-3)
 
     def test_a_size_that_two_bits_do_not_reach_is_refused_before_any_call(
         self, tiny_graph: Path, tmp_path: Path
