@@ -361,7 +361,7 @@ def _cell(job: _Job, here: Machine, column: Column, kept: float, *, first: bool)
     made = networks if first else (_DENOISER,)
     compiling = sum(_COMPILE_S * here.pace + opened[name] for name in made)
     if converted:
-        compiling += sum((_CONVERTER_S + _CONVERT_S * networks[name].weights) * here.pace for name in made)
+        compiling += (_CONVERTER_S * first + _CONVERT_S * sum(networks[name].weights for name in made)) * here.pace
     # Here and in the process that is weighed; dense beside it; for ONNX Runtime's profiler.
     opening = sum(opened.values()) * (2 + (not first) + (column.target.type == "onnxruntime"))
     batches = ceil(recipe.measure.images / recipe.sampling.batch)

@@ -261,14 +261,16 @@ def _convert_parts(
     state: Artifact, exported: Mapping[str, Artifact], column: Column, shop: Workshop
 ) -> dict[str, Artifact]:
     """Convert every component; where one fails, the others are there when it is mended."""
-    found, failed = dict[str, Artifact](), list[ComponentFailed]()
+    found, failed = dict[str, Artifact](), dict[str, ComponentFailed]()
     for part in components_of(state.path, shop.requested):
         try:
             found[part.name] = convert_part(state, part, exported.get(part.name), column, shop)
         except ComponentFailed as error:
-            failed.append(error)
+            failed[part.name] = error
     if failed:
-        raise failed[0] if len(failed) == 1 else ComponentFailed(" ".join(map(str, failed)))
+        first, *others = failed
+        also = f" Failed too: {', '.join(others)}." if others else ""
+        raise ComponentFailed(f"{failed[first]}{also}") from failed[first]
     return found
 
 

@@ -65,6 +65,10 @@ class Planned:
 class OnDevice:
     """A package that Core ML runs.
 
+    Attributes:
+        package: as our own reader has it.
+        inputs: names.
+
     Args:
         package: as our own reader has it.
         modules: operation -> path of its torch module.
@@ -76,7 +80,7 @@ class OnDevice:
     """
 
     def __init__(self, package: Package, modules: Mapping[str, str], units: str) -> None:
-        self._package, self._modules, self._units = package, modules, units
+        self.package, self._modules, self._units = package, modules, units
         self._place = f"{PLACE}: {package.path}"
         self.inputs = tuple(feature.spec.name for feature in package.inputs)
         library: Any = coremltools()
@@ -104,7 +108,7 @@ class OnDevice:
                 f"{self._place}: Core ML fails to run it on {self._units}; got: {_reason(error)}. Open it with "
                 "compute_units: cpu to see whether a unit is the cause."
             ) from error
-        return {feature.spec.name: self._answer(feature.spec.name, answers) for feature in self._package.outputs}
+        return {feature.spec.name: self._answer(feature.spec.name, answers) for feature in self.package.outputs}
 
     def layers(self) -> tuple[Layer, ...]:
         """Return the operations of the program, with the devices that Core ML plans for them."""
@@ -159,15 +163,15 @@ class OnDevice:
         """Compile and load it; both are timed."""
         started = time.perf_counter()
         try:
-            self._library.models.utils.compile_model(str(self._package.path.resolve()), self._compiled)
+            self._library.models.utils.compile_model(str(self.package.path.resolve()), self._compiled)
             compiled = time.perf_counter()
             model = self._library.models.CompiledMLModel(self._compiled, compute_units=self._chosen)
         except Exception as error:  # its Python part raises plain ones
             self._remove()
-            needed = _SYSTEMS.get(self._package.deployment, "a newer macOS")
+            needed = _SYSTEMS.get(self.package.deployment, "a newer macOS")
             raise TargetError(
                 f"{self._place}: Core ML cannot load it for {self._units}; got: {_reason(error)}. A package for "
-                f"{self._package.deployment} needs {needed} or newer; compile for an older deployment, or open it "
+                f"{self.package.deployment} needs {needed} or newer; compile for an older deployment, or open it "
                 "with compute_units: cpu."
             ) from error
         self._took = (1e3 * (compiled - started), 1e3 * (time.perf_counter() - compiled))
@@ -199,7 +203,7 @@ class OnDevice:
             except (RuntimeError, ValueError) as error:
                 self._no_plan = f"Core ML tells no plan, which it does from macOS 14.4 on ({_reason(error)})"
                 plan = None
-            self._plan = planned(self._package, self._modules, plan)
+            self._plan = planned(self.package, self._modules, plan)
         return self._plan
 
 

@@ -29,11 +29,13 @@ from targets.mil.package import read_package
 
 if TYPE_CHECKING:
     from targets.coreml import CoreMlOptions
+    from targets.mil.package import Package
 
 
 class _Runner(Protocol):
     """One package, loaded."""
 
+    package: Package
     inputs: tuple[str, ...]
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]: ...
@@ -100,8 +102,7 @@ class CoreMlSession:
             kept = ", ".join(f"{name} ({value:.4g})" for name, value in list(self._manifest.kept_in_float.items())[:5])
             notes.append(f"kept in 32 bits, since they overflow 16: {len(self._manifest.kept_in_float)}: {kept}")
         notes += weight_notes(self._manifest.weights)
-        held = [read_package(self._path.parent / name) for name in self._manifest.packages]
-        placement = lint(held, self._manifest.modules)
+        placement = lint([runner.package for runner in runners], self._manifest.modules)
         return Evidence(runtime, how, self._options.precision, layers, tuple(notes), placement=placement)
 
     def profile(self, feeds: Mapping[str, Array], calls: int) -> tuple[Timed, ...]:
@@ -144,6 +145,7 @@ class _Evaluated:
         from targets.mil.evaluator import Evaluator
 
         self._evaluator = Evaluator(path, threads=threads, modules=manifest.modules)
+        self.package = self._evaluator.package
         self.inputs = tuple(spec.name for spec in self._evaluator.inputs)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
