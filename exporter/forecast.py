@@ -215,8 +215,9 @@ def _memory(job: _Job) -> dict[str, float]:
     # Two sets of images in bytes, twice each while they are joined and compared.
     judging = (SSIM_BYTES * at_once(images, pixels) + 2 * 2 * 3 * images) * pixels / MIB
     for column in job.columns:
-        if isinstance(column.target, FromTorch):  # a process beside ours
-            phases[f"converting for {column.name}"] = _CONVERTER_MIB + _CONVERTED_COPIES * denoiser.mib
+        if isinstance(column.target, FromTorch):  # a process beside ours, which exports meanwhile
+            beside_it = max(phases[f"exporting {name}"] for name in networks)
+            phases[f"converting for {column.name}"] = _CONVERTER_MIB + _CONVERTED_COPIES * denoiser.mib + beside_it
         for index, (state, kept) in enumerate(job.kept.items()):
             place = f"measuring {state} on {column.name}"
             open_ones = [

@@ -22,7 +22,14 @@ from exporter.elsewhere.merged import with_merged
 from exporter.environment import environment
 from exporter.errors import ComponentFailed, ExporterError, exit_code_of
 from exporter.lowering.converter import Converter
-from exporter.lowering.engine import compile_fixed, compile_state, export_float, export_state, tokens_of
+from exporter.lowering.engine import (
+    begin_conversions,
+    compile_fixed,
+    compile_state,
+    export_float,
+    export_state,
+    tokens_of,
+)
 from exporter.lowering.rivals import Lowered, quantized_of
 from exporter.lowering.workshop import Column, Workshop
 from exporter.memo import MEMO, FileMemo
@@ -162,6 +169,8 @@ def _carry_out(run: _Run) -> None:
             )
             _note_state(run, parent, reused, took)
         if name in run.plan.measured:
+            if run.plan.until != "export":
+                begin_conversions(parent, run.plan.columns, shop)
             for column in run.plan.columns:
                 run.cells.append(_cell(run, parent, column, shop, bench))
                 run.peak_mib = shop.peak_mib
@@ -251,6 +260,7 @@ def _measured(run: _Run, state: Artifact, column: Column, bench: Bench, lowered:
         return cell
     from exporter.measuring import measure_cell  # seconds to import
 
+    run.converter.settle()
     cell = measure_cell(state, lowered, column.name, bench)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cell = cell.model_copy(update={"measured_at": now})

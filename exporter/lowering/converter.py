@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
+from exporter.errors import ComponentFailed
 from exporter.metrics.size import failure_of
 from targets.build import raise_told
 
@@ -40,7 +44,7 @@ class Order:
         rows: of the recording, that the network is called with.
         calls: recorded calls that the engine is proven with.
         facts: for the engine's metadata.
-        out: an existing, empty folder.
+        out: folder that is made anew, and by whose name the order is known.
         rounded: ONNX file of a quantized component, which says what its weights and ranges are; empty for others.
     """
 
@@ -75,6 +79,14 @@ class Converter:
         self._held = contextlib.ExitStack()
         self._child: subprocess.Popen[str] | None = None
         self._errors: IO[str]
+        self._waiting: deque[Order] = deque()
+        self._answers: dict[str, str | ComponentFailed] = {}
+
+    def begin(self, order: Order) -> None:
+        """Have an order carried out while something else is done; `__call__` with the same one gives the result."""
+        if order.out not in self._answers and all(order.out != other.out for other in self._waiting):
+            self._waiting.append(order)
+            self._send(order)
 
     def __call__(self, order: Order) -> float:
         """Carry an order out.
@@ -85,40 +97,72 @@ class Converter:
         Raises:
             TargetMissing, TargetError, ComponentFailed, OSError: it did not succeed.
         """
+        self.begin(order)
+        while order.out not in self._answers:
+            self._receive()
+        answer = self._answers.pop(order.out)
+        if isinstance(answer, ComponentFailed):
+            raise answer
+        raise_told(answer)
+        return float(json.loads(answer)["peak_mib"])
+
+    def settle(self) -> None:
+        """Wait until nothing is being converted, so that nothing disturbs what is timed."""
+        while self._waiting:
+            self._receive()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._waiting.clear()
+        self._answers.clear()
+        self._end()
+
+    def _send(self, order: Order) -> None:
+        out = Path(order.out)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
         child = self._child or self._started()
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: its answer, which is none, tells
+            child.stdin.write(order.text() + "\n")
+            child.stdin.flush()
+
+    def _receive(self) -> None:
+        """Wait for the answer to the first order; where the process ends with it, another goes on with the rest."""
+        answer: str | ComponentFailed = self._line()
+        if isinstance(answer, str) and not answer:
+            answer = self._failure()
+        self._answers[self._waiting.popleft().out] = answer
+        if isinstance(answer, ComponentFailed) or json.loads(answer)["peak_mib"] > _LARGE_MIB:
+            self._end()
+            for order in self._waiting:
+                self._send(order)
+
+    def _line(self) -> str:
+        """Return what the process answers next; nothing where it has died."""
+        child = self._child
+        assert child is not None
+        assert child.stdout is not None
         watch = threading.Timer(_LONGEST_S, child.kill)
         watch.daemon = True
         watch.start()
         try:
-            answer = _asked(child, order)
+            return child.stdout.readline()
         except BaseException:
             self.close()
             raise
         finally:
             watch.cancel()
-        if not answer:
-            child.wait()
-            self._errors.seek(0)
-            failure = failure_of(child.args, child.returncode, self._errors.read())
-            self.close()
-            raise failure
-        told = json.loads(answer)
-        if told["peak_mib"] > _LARGE_MIB:
-            self.close()
-        raise_told(answer)
-        return float(told["peak_mib"])
 
-    def close(self) -> None:
-        """End the process; the next order starts another."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-        self._child = None
-        self._held.close()
+    def _failure(self) -> ComponentFailed:
+        assert self._child is not None
+        self._child.wait()
+        self._errors.seek(0)
+        return failure_of(self._child.args, self._child.returncode, self._errors.read())
 
     def _started(self) -> subprocess.Popen[str]:
         """Return a new process that listens."""
-        file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - `close` does
+        file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - `_end` does
         self._errors = self._held.enter_context(file)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "exporter.lowering.converting"],
@@ -130,12 +174,9 @@ class Converter:
         )
         return self._child
 
-
-def _asked(child: subprocess.Popen[str], order: Order) -> str:
-    """Return the answer to an order; nothing where the process has died."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # what it died of is told by its end
-        child.stdin.write(order.text() + "\n")
-        child.stdin.flush()
-    return child.stdout.readline()
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+        self._child = None
+        self._held.close()

@@ -7,7 +7,8 @@ exported and compiled once, and every engine that uses it links the same files.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from calibration.schemes import FLOAT
 from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
 from exporter.compiling import compile_graphs
-from exporter.errors import ComponentFailed
+from exporter.errors import ComponentFailed, ExporterError
 from exporter.lowering.converter import Order
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
@@ -274,6 +275,22 @@ def _convert_parts(
     return found
 
 
+def begin_conversions(state: Artifact, columns: Sequence[Column], shop: Workshop) -> None:
+    """Have a state's components converted while they are exported for other targets: each takes one core.
+
+    What is quantized waits for its rounded graph.
+    """
+    for column in columns:
+        if not isinstance(column.target, FromTorch):
+            continue
+        with suppress(ExporterError):  # the cell meets it too, and tells it as its own
+            for part in components_of(state.path, shop.requested):
+                if read_quantization(state.path / part.folder) is None and not _is_scheduled(state, part):
+                    order, key, folder = _conversion(state, part, None, column, shop)
+                    if reusable(shop.out / "lowered" / folder, key, shop.memo) is None:
+                        shop.converter.begin(order)
+
+
 def convert_part(
     state: Artifact, component: Component, rounded: Artifact | None, column: Column, shop: Workshop
 ) -> Artifact:
@@ -281,35 +298,50 @@ def convert_part(
 
     What is `rounded`, a quantized component exported, says what its weights and ranges are.
     """
+    if _is_scheduled(state, component):
+        raise ComponentFailed(
+            f"target {column.name}: it cannot run the several graphs of a schedule. Choose openvino or onnxruntime."
+        )
+    order, key, folder = _conversion(state, component, rounded, column, shop)
+
+    def build(out: Path) -> Mapping[str, Any]:
+        with told(column, component.name):
+            shop.peak_mib = max(shop.peak_mib, shop.converter(order))
+        for made in Path(order.out).iterdir():
+            made.rename(out / made.name)
+        Path(order.out).rmdir()
+        return {"component": component.name, "target": column.target.type, "options": asdict(column.options)}
+
+    title = f"Convert {component.name} for {column.name}"
+    return make(shop, folder, build, kind="compiled", key=key, parent=state, title=title)
+
+
+def _is_scheduled(state: Artifact, component: Component) -> bool:
+    return component.role == "denoiser" and read_schedule(state.path / component.folder) is not None
+
+
+def _conversion(
+    state: Artifact, component: Component, rounded: Artifact | None, column: Column, shop: Workshop
+) -> tuple[Order, str, str]:
+    """Return what is to be done to convert a component, the key of what comes of it, and the name of its folder."""
     target, here = column.target, column.target.capabilities()
     digest, versions = state.part_digest(component.folder), {name: version(name) for name in _EXPORT_LIBRARIES}
     export = asdict(replace(shop.export, tokens=tokens_of(component, shop)))
     asked = [component.name, target.type, asdict(column.options), export, shop.recording.digest]
     key = digest_of([digest, asked, versions, here.version, __version__, _GRAPHS])
-    if component.role == "denoiser" and read_schedule(state.path / component.folder) is not None:
-        raise ComponentFailed(
-            f"target {column.name}: it cannot run the several graphs of a schedule. Choose openvino or onnxruntime."
-        )
-
-    def build(out: Path) -> Mapping[str, Any]:
-        order = Order(
-            state=str(state.path),
-            component=component.name,
-            requested=shop.requested,
-            target=target.type,
-            options=asdict(column.options),
-            export=export,
-            recording=str(shop.recording.folder),
-            rows=shop.sampling["batch"],
-            calls=PARITY_CALLS,
-            facts={"weights_sha256": digest},
-            out=str(out),
-            rounded="" if rounded is None else str(rounded.path / "model.onnx"),
-        )
-        with told(column, component.name):
-            shop.peak_mib = max(shop.peak_mib, shop.converter(order))
-        return {"component": component.name, "target": target.type, "options": asdict(column.options)}
-
-    title = f"Convert {component.name} for {column.name}"
     folder = f"{target.type}-{component.name}-{key[:16]}"
-    return make(shop, folder, build, kind="compiled", key=key, parent=state, title=title)
+    order = Order(
+        state=str(state.path),
+        component=component.name,
+        requested=shop.requested,
+        target=target.type,
+        options=asdict(column.options),
+        export=export,
+        recording=str(shop.recording.folder),
+        rows=shop.sampling["batch"],
+        calls=PARITY_CALLS,
+        facts={"weights_sha256": digest},
+        out=str(shop.out / "work" / folder),
+        rounded="" if rounded is None else str(rounded.path / "model.onnx"),
+    )
+    return order, key, folder

@@ -27,7 +27,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "exporter.lowering.converting" in child.cmdline()]
 
 
-def of_nothing(folder: Path) -> Order:
+def of_nothing(folder: Path, name: str = "work") -> Order:
     """Return an order for a state that is not there."""
     return Order(
         state=str(folder / "no-state"),
@@ -40,7 +40,7 @@ def of_nothing(folder: Path) -> Order:
         rows=1,
         calls=1,
         facts={},
-        out=str(folder),
+        out=str(folder / name),
     )
 
 
@@ -51,16 +51,31 @@ def test_an_order_is_the_same_on_the_other_side(tmp_path: Path) -> None:
 
 
 def test_a_refusal_leaves_the_process_and_a_kill_is_told(converter: Converter, tmp_path: Path) -> None:
-    with pytest.raises((TargetError, FileNotFoundError), match="no-state"):
+    with pytest.raises(TargetError, match="no-state"):
         converter(of_nothing(tmp_path))
     (first,) = children()
-    with pytest.raises((TargetError, FileNotFoundError), match="no-state"):
+    with pytest.raises(TargetError, match="no-state"):
         converter(of_nothing(tmp_path))
     assert children() == [first]
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(ComponentFailed, match="got SIGKILL, as when memory runs out"):
         converter(of_nothing(tmp_path))
     assert not children()
-    with pytest.raises((TargetError, FileNotFoundError), match="no-state"):
+    with pytest.raises(TargetError, match="no-state"):
         converter(of_nothing(tmp_path))
     assert children() != [first]
+
+
+def test_what_was_begun_before_a_death_is_done_by_another_process(converter: Converter, tmp_path: Path) -> None:
+    first, second = of_nothing(tmp_path, "first"), of_nothing(tmp_path, "second")
+    converter.begin(first)
+    converter.begin(second)
+    converter.begin(second)
+    (process,) = children()
+    process.kill()  # long before its imports are done
+    converter.settle()
+    with pytest.raises(ComponentFailed, match="got SIGKILL"):
+        converter(first)
+    with pytest.raises(TargetError, match="no-state"):
+        converter(second)
+    assert children() not in ([], [process])
