@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -132,8 +133,12 @@ class Converter:
         answer: str | ComponentFailed = self._line()
         if isinstance(answer, str) and not answer:
             answer = self._failure()
-        self._answers[self._waiting.popleft().out] = answer
-        if isinstance(answer, ComponentFailed) or json.loads(answer)["peak_mib"] > _LARGE_MIB:
+        done = self._waiting.popleft()
+        self._answers[done.out] = answer
+        told = {"died": True, "peak_mib": math.inf} if isinstance(answer, ComponentFailed) else json.loads(answer)
+        if told.keys() > {"peak_mib"}:
+            shutil.rmtree(done.out, ignore_errors=True)  # half a package may be large
+        if told["peak_mib"] > _LARGE_MIB:
             self._end()
             for order in self._waiting:
                 self._send(order)

@@ -74,6 +74,7 @@ def test_what_was_begun_before_a_death_is_done_by_another_process(converter: Con
     (process,) = children()
     process.kill()  # long before its imports are done
     converter.settle()
+    assert not Path(first.out).exists(), "half of a package is not kept"
     with pytest.raises(ComponentFailed, match="got SIGKILL"):
         converter(first)
     with pytest.raises(TargetError, match="no-state"):
