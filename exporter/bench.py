@@ -17,6 +17,7 @@ from exporter.metrics.images import Distance
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.reference import JUDGE
+from exporter.report.record import CellRecord
 
 TORCH = "torch"
 
@@ -88,6 +89,7 @@ class Bench:
         torch_answers: answers of a component in torch, by the digest of its part of the state: what several targets
             and unchanged states are compared with is computed once.
         engines: target -> the dense engine that was measured, for interleaved latency.
+        dense_cells: target -> what was measured of it.
     """
 
     recipe: Recipe
@@ -98,6 +100,7 @@ class Bench:
     progress: Progress
     torch_answers: dict[str, Any] = field(default_factory=dict)
     engines: dict[str, Artifact] = field(default_factory=dict)
+    dense_cells: dict[str, CellRecord] = field(default_factory=dict)
     dense_verdicts: Verdicts | None = None
 
     @cached_property

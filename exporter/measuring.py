@@ -33,7 +33,7 @@ from exporter.runtime import EngineFacts, close_sessions, open_session, open_ses
 from exporter.sessions import fitted, run_batched
 from exporter.shapes import measure_cost, measure_points, points_of
 from exporter.states import components_of, config_of
-from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over_float, timer_of
+from exporter.timing import Open, Timing, fed_parts, footprint, latency_of, over_float, timer_of, times_of_dense
 from targets.base import Session
 
 Array = NDArray[Any]
@@ -78,7 +78,7 @@ def measure_cell(state: Artifact, lowered: Lowered, target: str, bench: Bench) -
                 name, session = component.name, sessions[component.name]
                 calls = fitted(session, timed_calls(component, state.path, bench))
                 timing = Timing(session, calls, place.at(name), timer, component.role == "denoiser", untimed)
-                found += _times(timing, lowered, facts, bench)
+                found += _known_times(timing, engine, bench) or _times(timing, lowered, facts, bench)
                 fed |= fed_parts(name, session, calls[0], facts.ending)
                 told_of_layers = session.evidence()
                 found += sparse_measurements(told_of_layers, place.at(name), partial(lowered.weighed, name))
@@ -127,6 +127,15 @@ def _with_units(found: Measurement, state: Artifact, component: Component) -> Me
     costly = sorted((row for row in table if row["scheme"] != FLOAT), key=lambda row: row["alone_db"])[:_COSTLY]
     told = [{"unit": row["unit"], "alone_db": row["alone_db"]} for row in costly]
     return found.model_copy(update={"detail": {**found.detail, "most_costly": told}}) if told else found
+
+
+def _known_times(it: Timing, engine: Artifact, bench: Bench) -> list[Measurement]:
+    """Return the times of a component that is the dense engine's own on this target, file by file; else nothing."""
+    target, part = it.place.target, str(it.place.component)
+    dense, cell = bench.engines.get(target), bench.dense_cells.get(target)
+    if it.untimed or dense is None or cell is None or dense.part_digest(part) != engine.part_digest(part):
+        return []
+    return times_of_dense(cell.measurements, it.place)
 
 
 def _times(it: Timing, lowered: Lowered, facts: EngineFacts, bench: Bench) -> list[Measurement]:

@@ -26,6 +26,7 @@ from exporter.lowering.engine import (
     begin_conversions,
     compile_fixed,
     compile_state,
+    expect_conversions,
     export_float,
     export_state,
     tokens_of,
@@ -145,6 +146,7 @@ def run_recipe(  # noqa: PLR0913 - the command's flags
 def _carry_out(run: _Run) -> None:
     if run.plan.expected is not None:
         note_started(run.out)
+        expect_conversions(run.plan.columns, run.converter)
     dense, reused, took = _timed(lambda: _dense(run))
     _note_state(run, dense, reused, took)
     recording = dense_recording(run.recipe, dense, run.out, run.progress, run.memo)
@@ -237,7 +239,7 @@ def _cell(run: _Run, state: Artifact, column: Column, shop: Workshop, bench: Ben
             lowered = dataclasses.replace(lowered, fixed=fixed)
         cell = _measured(run, state, column, bench, lowered)
         if name == DENSE:
-            bench.engines[column.name] = engine
+            bench.engines[column.name], bench.dense_cells[column.name] = engine, cell
         told = ["engine reused"] if len(shop.made) == made else []
         if told or cell.reused:
             run.progress.say(f"{name} on {column.name}: {', '.join([*told, measured(cell) or 'measured now'])}")

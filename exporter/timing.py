@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from exporter.loops import loop_of_calls, scheduled_latency
 from exporter.metrics.intervals import median_interval
 from exporter.metrics.latency import Timer, latency_measurements
 from exporter.metrics.machine import Mode
-from exporter.metrics.measurement import Measurement
+from exporter.metrics.measurement import Measurement, Ratio
 from exporter.metrics.place import DENSE, Place
 from exporter.metrics.size import memory_measurement, run_child, size_measurement
 from exporter.networks.chain import ChainSession
@@ -26,6 +26,8 @@ from targets.base import DeviceTimed, Session
 Feeds = Mapping[str, NDArray[Any]]
 Open = Callable[[], Session]
 _LONGEST_S = 600
+_IN_PAIRS = ("latency.median_ms", "latency.loop_ms")
+"""What is told as a ratio to the dense engine."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,30 @@ def _on_device(it: Timing) -> list[Measurement]:
     note = "between events of the device, without moving inputs and answers; right after the calls that were timed"
     value = statistics.median(taken)
     return [it.place.measured("latency.device_ms", value, "ms", low=low, high=high, samples=len(taken), note=note)]
+
+
+def times_of_dense(dense: Iterable[Measurement], place: Place) -> list[Measurement]:
+    """Return what a component of the dense engine took as what one with the very same files takes.
+
+    Timed again, pair by pair, it would be 1 within its interval, for the longest of the budget where calls are long.
+
+    Args:
+        dense: measurements of the dense engine on the same target.
+        place: the cell, with the component.
+    """
+    note = f"the engine of {DENSE}, file by file: its times, not taken again"
+    same = Ratio(to=DENSE, value=1.0, low=1.0, high=1.0, pairs=0)
+    return [
+        item.model_copy(
+            update={
+                "state": place.state,
+                "ratio": same if item.name in _IN_PAIRS else item.ratio,
+                "note": f"{note}; {item.note}" if item.note else note,
+            }
+        )
+        for item in dense
+        if item.component == place.component and item.name.startswith("latency.")
+    ]
 
 
 def over_float(it: Timing, rivals: Mapping[str, Open]) -> Measurement:

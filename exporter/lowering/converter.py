@@ -83,6 +83,11 @@ class Converter:
         self._waiting: deque[Order] = deque()
         self._answers: dict[str, str | ComponentFailed] = {}
 
+    def start(self) -> None:
+        """Start the process before it is needed: to import its libraries takes it seconds."""
+        if self._child is None:
+            self._started()
+
     def begin(self, order: Order) -> None:
         """Have an order carried out while something else is done; `__call__` with the same one gives the result."""
         if order.out not in self._answers and all(order.out != other.out for other in self._waiting):

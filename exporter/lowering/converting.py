@@ -25,6 +25,7 @@ from exporter import __version__
 from exporter.errors import ComponentFailed, ExporterError
 from exporter.lowering.converter import Order
 from exporter.lowering.feeds import recorded_calls, spread
+from exporter.lowering.garbage import collected_seldom
 from exporter.lowering.neural_engine import NETWORKS, neural_engine_form
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.pinned import pin_timesteps
@@ -101,7 +102,8 @@ def _carry_out(order: Order) -> None:
     assert isinstance(target, FromTorch)
     state = Path(order.state)
     component = next(part for part in components_of(state, order.requested) if part.name == order.component)
-    target.convert(program_of(state, component, order), Path(order.out), target.options(**order.options))
+    with collected_seldom():
+        target.convert(program_of(state, component, order), Path(order.out), target.options(**order.options))
 
 
 def program_of(state: Path, component: Component, order: Order) -> TorchProgram:

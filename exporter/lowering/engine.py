@@ -19,7 +19,7 @@ from exporter import __version__
 from exporter.artifact import Artifact, digest_of, link_tree, reusable, write_artifact
 from exporter.compiling import compile_graphs
 from exporter.errors import ComponentFailed, ExporterError
-from exporter.lowering.converter import Order
+from exporter.lowering.converter import Converter, Order
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.swift import write_swift
@@ -273,6 +273,12 @@ def _convert_parts(
         also = f" Failed too: {', '.join(others)}." if others else ""
         raise ComponentFailed(f"{failed[first]}{also}") from failed[first]
     return found
+
+
+def expect_conversions(columns: Sequence[Column], converter: Converter) -> None:
+    """Start the process that converts where one of the targets will need it."""
+    if any(isinstance(column.target, FromTorch) for column in columns):
+        converter.start()
 
 
 def begin_conversions(state: Artifact, columns: Sequence[Column], shop: Workshop) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from exporter import __version__
 from exporter.errors import ComponentFailed
+from exporter.lowering.garbage import collected_seldom
 from exporter.lowering.options import ExportOptions
 from exporter.lowering.simplify import simplify
 from exporter.lowering.stored import INLINE, Held, StoredWeights, give_values, write_pointing
@@ -74,7 +75,7 @@ def export_component(
         raise ComponentFailed(
             f"{component}: opset: got {options.opset}, expected {_OPSETS[0]} to {_OPSETS[-1]}. Write opset: 20."
         )
-    with task(progress or Silent(), f"Export {component}", 3) as shown:
+    with task(progress or Silent(), f"Export {component}", 3) as shown, collected_seldom():
         program = _exported(component, module, names, options)
         model = cast("ir.Model", program.model)
         held = Held()

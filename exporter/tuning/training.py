@@ -127,7 +127,7 @@ class _Trainer:
         for parameter in online.parameters():
             parameter.requires_grad_(True)
         self._inner = torch.optim.AdamW(
-            online.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+            online.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
         self._online, self._optimizer = self._accelerator.prepare(online, self._inner)
         self._teacher = teacher

@@ -69,6 +69,24 @@ def test_every_metric_is_measured_or_says_why_not(finished: Path) -> None:
     latency = next(m for m in pruned.measurements if m.name == "latency.median_ms" and m.component == "unet")
     assert latency.ratio is not None
     assert latency.ratio.to == "0-dense"
+    assert latency.ratio.pairs > 0
+
+
+def test_what_is_the_dense_engines_own_is_not_timed_again(finished: Path) -> None:
+    dense, pruned = read_record(finished).cells
+    for part in ("vae_decoder", "text_encoder"):
+        first, second = (
+            {item.name: item for item in cell.measurements if item.component == part and "latency" in item.name}
+            for cell in (dense, pruned)
+        )
+        assert set(first) == set(second) == {"latency.median_ms", "latency.p90_ms"}
+        assert all(second[name].value == first[name].value for name in first)
+        assert all(second[name].state == "1-pruned" for name in first)
+        assert "not taken again" in second["latency.median_ms"].note
+        ratio = second["latency.median_ms"].ratio
+        assert ratio is not None
+        assert (ratio.to, ratio.low, ratio.high, ratio.pairs) == ("0-dense", 1.0, 1.0, 0)
+    assert value(dense, "latency.median_ms", "unet") != value(pruned, "latency.median_ms", "unet")
 
 
 def test_quantizing_without_prompts_is_refused_before_any_work(tiny_recipe: Any, tmp_path: Path) -> None:
