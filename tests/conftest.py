@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -71,33 +73,57 @@ def pytest_unconfigure() -> None:
     _home.cleanup()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _untraced_export() -> Iterator[None]:
-    """Keep coverage's tracer out of torch's exporter and onnxscript's optimizer.
+_UNTRACED = ("contract", "families", "faults", "targets")
+"""Folders of tests whose lines others run too, or whose subject is no part of what coverage looks at."""
 
-    Both run millions of lines of Python that are not ours, and the tracer of Python before 3.14 visits every one: tests
-    that export took 1.8 times as long. What they call of ours, the wrappers' `forward`, is called for parity too.
+
+@contextmanager
+def _no_tracing() -> Iterator[None]:
+    """Keep coverage's tracer out: that of Python before 3.14 visits every line, of libraries too.
+
+    It has tests take 1.4 times as long, and those that export or convert twice as long.
     """
-    if sys.gettrace() is None:
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
         yield
-        return
-    from exporter.lowering import export
+    finally:
+        sys.settrace(tracer)
 
-    with pytest.MonkeyPatch.context() as patch:
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Keep the tracer out of the import of large libraries, and of torch's exporter and onnxscript's optimizer.
+
+    These run millions of lines of Python that are not ours. What the exporter calls of ours, the wrappers' `forward`,
+    is called for parity too.
+    """
+    if sys.gettrace() is not None:
+        with _no_tracing():
+            for name in ("torch", "diffusers", "onnxruntime", "onnxscript"):
+                importlib.import_module(name)
+        from exporter.lowering import export
+
+        patch = pytest.MonkeyPatch()
         for name in ("_traced", "simplify"):
             patch.setattr(export, name, _untraced(getattr(export, name)))
-        yield
+        session.config.add_cleanup(patch.undo)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Leave tests of some folders untraced, fixtures and all."""
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    with _no_tracing() if folder in _UNTRACED else nullcontext():
+        return (yield)
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def called(*args: Any, **keywords: Any) -> Any:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
+        with _no_tracing():
             return function(*args, **keywords)
-        finally:
-            sys.settrace(tracer)
 
     return called
 
