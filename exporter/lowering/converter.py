@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from exporter.metrics.size import failure_of
 from targets.build import raise_told
 
 _LONGEST_S = 6 * 3600
+_LOOK_S = 0.5
 _LARGE_MIB = 1536.0
 """What a process may have held to be used again: one that held more keeps some of it."""
 
@@ -71,6 +73,26 @@ class Order:
         """Return what `text` gave."""
         told = json.loads(text)
         return cls(**{**told, "requested": tuple(told["requested"])})
+
+
+def end_with(parent: int) -> None:
+    """End this process within a second of the end of the one that started it.
+
+    A run that is killed and started again has the same work done in the same folder: two must not be at it. The end of
+    the input alone would be seen only after an order, which may take minutes.
+
+    Args:
+        parent: its process id.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        sys.exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Converter:
@@ -175,7 +197,7 @@ class Converter:
         file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - `_end` does
         self._errors = self._held.enter_context(file)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "exporter.lowering.converting"],
+            [sys.executable, "-m", "exporter.lowering.converting", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,7 +1,8 @@
 """Converts components of states for targets that take torch networks, in a process of its own.
 
-``python -m exporter.lowering.converting`` reads orders (`exporter.lowering.converter`), one JSON line each, and answers
-each with one: what went wrong, as `targets.build` does, and the most memory that the process had so far.
+``python -m exporter.lowering.converting PARENT`` reads orders (`exporter.lowering.converter`), one JSON line each, and
+answers each with one: what went wrong, as `targets.build` does, and the most memory that the process had so far.
+It ends with the process PARENT, or with its input.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from calibration.recording import Recording
 from calibration.schemes import INT8, INT8_WEIGHTS
 from exporter import __version__
 from exporter.errors import ComponentFailed, ExporterError
-from exporter.lowering.converter import Order
+from exporter.lowering.converter import Order, end_with
 from exporter.lowering.feeds import recorded_calls, spread
 from exporter.lowering.garbage import collected_seldom
 from exporter.lowering.neural_engine import NETWORKS, neural_engine_form
@@ -73,6 +74,7 @@ _AUTHOR = f"diffusion-exporter {__version__}"
 
 def main() -> int:
     """Carry out one order per line of the input until it ends; answer each with a line."""
+    end_with(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +67,41 @@ def test_a_refusal_leaves_the_process_and_a_kill_is_told(converter: Converter, t
     with pytest.raises(TargetError, match="no-state"):
         converter(of_nothing(tmp_path))
     assert children() != [first]
+
+
+_BUSY = """
+import sys, time
+from exporter.lowering.converter import end_with
+end_with(int(sys.argv[1]))
+time.sleep(99)
+"""
+_STARTS = """
+import os, subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())]).pid, flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.mark.parametrize("imports_s", [0.0, 3.0])
+def test_a_killed_run_takes_the_process_along_however_busy_it_is(imports_s: float) -> None:
+    with subprocess.Popen([sys.executable, "-c", _STARTS, _BUSY], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        child = psutil.Process(int(run.stdout.readline()))
+        time.sleep(imports_s)
+        assert child.is_running()
+        run.kill()
+    until = time.monotonic() + 30
+    while not is_gone(child) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert is_gone(child)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Tell whether a process has ended, also where nobody has asked how yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_what_was_begun_before_a_death_is_done_by_another_process(converter: Converter, tmp_path: Path) -> None:
