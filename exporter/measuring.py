@@ -135,7 +135,8 @@ def _known_times(it: Timing, engine: Artifact, bench: Bench) -> list[Measurement
     dense, cell = bench.engines.get(target), bench.dense_cells.get(target)
     if it.untimed or dense is None or cell is None or dense.part_digest(part) != engine.part_digest(part):
         return []
-    return times_of_dense(cell.measurements, it.place)
+    known = times_of_dense(cell.measurements, it.place)
+    return known if all(item.value is not None for item in known) else []
 
 
 def _times(it: Timing, lowered: Lowered, facts: EngineFacts, bench: Bench) -> list[Measurement]:
