@@ -17,6 +17,7 @@ from torch import Tensor
 from targets.base import Array, Evidence, Layer, TargetError, Timed, check_feeds, check_threads
 from targets.mil.compare import Divergence, first_divergence
 from targets.mil.constants import PACKED_BITS, Constant
+from targets.mil.in_place import softmax_in_place
 from targets.mil.package import MAIN, Feature, Operation, Package, read_package
 from targets.mil.plan import TORCH_TYPES, Constants, Step, build, free_after
 
@@ -81,7 +82,7 @@ class Evaluator:
         with self._lock, self._running():
             values = self._fed(feeds) | self._fold()
             for step, frees in zip(self._runtime, self._runtime_frees, strict=True):
-                self._run(step, values, frees)
+                self._run_sparing(step, values, frees)
             return self._answers(values)
 
     def values(
@@ -153,7 +154,7 @@ class Evaluator:
                 values = self._fed(feeds) | self._fold()
                 for index, (step, frees) in enumerate(zip(self._runtime, self._runtime_frees, strict=True)):
                     start = time.perf_counter()
-                    self._run(step, values, frees)
+                    self._run_sparing(step, values, frees)
                     times[index] += 1000 * (time.perf_counter() - start) / calls if call else 0.0
         layers = (self._layer(step.operation) for step in self._runtime)
         return tuple(Timed(layer, ms) for layer, ms in zip(layers, times, strict=True))
@@ -232,6 +233,16 @@ class Evaluator:
         for name in frees:
             del values[name]
         return results
+
+    def _run_sparing(self, step: Step, values: dict[str, Tensor], frees: tuple[str, ...]) -> None:
+        """Run a step whose arguments nobody but us has: where it saves much memory, over them."""
+        table = softmax_in_place(step, values, frees, torch.float32)
+        if table is None:
+            self._run(step, values, frees)
+            return
+        values[step.operation.outputs[0].name] = table
+        for name in frees:
+            del values[name]
 
     def _constant(self, constant: Constant) -> Tensor:
         """Return a constant; its tensor is made once, over the mapped file where it is not packed."""
