@@ -3,8 +3,8 @@
 #
 #   bash ci/test.sh [options of pytest]
 #
-# Tests run in random order (the seed is printed), with warnings as errors and sockets blocked, on two workers of one
-# thread each; line and branch coverage has a floor, which stands in pyproject.toml.
+# Tests run in random order (the seed is printed), with warnings as errors and sockets blocked, on a worker of one
+# thread for each core, two to eight of them; line and branch coverage has a floor, which stands in pyproject.toml.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -12,6 +12,7 @@ cd -- "$root"
 
 bash ci/setup.sh
 bash ci/check.sh
-printf 'test: all tests, on two workers\n'
-OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations 15 \
+workers=$(.venv/bin/python -c 'import os; print(min(max(os.cpu_count() or 2, 2), 8))')
+printf 'test: all tests, on %s workers\n' "$workers"
+OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 exec .venv/bin/python -m pytest --numprocesses "$workers" --dist worksteal --durations 15 \
   --cov --cov-report term:skip-covered "$@"
